@@ -1,0 +1,39 @@
+"""Convert, shard and prove LLM checkpoints.
+
+The public functions are imported when first used, so that `import llmconvert` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_ROOT = Path(__file__).resolve().parent.parent
+if not (Path(__file__).parent / "specs").is_dir() and (_ROOT / "pyproject.toml").is_file():
+    # In a checkout `converters/` and `specs/` lie at the root; a wheel carries them inside the package.
+    __path__.append(str(_ROOT))
+
+if TYPE_CHECKING:
+    from llmconvert.checkpoint import open_checkpoint
+    from llmconvert.converters.huggingface import convert
+    from llmconvert.engine.inspection import inspect
+    from llmconvert.verify.logits import compare_logits as verify
+
+_PUBLIC = {
+    "convert": ("llmconvert.converters.huggingface", "convert"),
+    "inspect": ("llmconvert.engine.inspection", "inspect"),
+    "open_checkpoint": ("llmconvert.checkpoint", "open_checkpoint"),
+    "verify": ("llmconvert.verify.logits", "compare_logits"),
+}
+
+__all__ = ["__version__", "convert", "inspect", "open_checkpoint", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'llmconvert' has no attribute {name!r}")
+    module, attribute = _PUBLIC[name]
+    return getattr(importlib.import_module(module), attribute)

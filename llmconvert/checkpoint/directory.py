@@ -1,0 +1,174 @@
+"""A Hugging Face checkpoint directory: its config, its weight files, its tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from llmconvert.checkpoint.safetensors import read_header
+from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.checkpoint.torch_pickle import read_pickle
+from llmconvert.errors import BadInput, InputOutput, Refused, Usage
+
+WEIGHT_FILES = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
+"""Index and single-file names, in the order they are looked for (transformers' own order)."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A directory of weights, opened by its headers alone.
+
+    Attributes:
+        path: the directory.
+        config: config.json as it is.
+        tensors: every tensor by name.
+        index: the index file's name, or None for a single weight file.
+        notes: what was odd but harmless.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor]
+    index: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, in name order."""
+        return tuple(sorted({tensor.path for tensor in self.tensors.values()}))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        BadInput: the file is missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise BadInput(f"`{path.name}` is missing", where=str(path.parent)) from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"`{path.name}` is not valid JSON: {error}", where=str(path)) from None
+    if not isinstance(value, dict):
+        raise BadInput(f"`{path.name}` is not a JSON object", where=str(path))
+    return value
+
+
+def _shard_path(directory: Path, name: Any, index: str) -> Path:
+    where = str(directory / index)
+    if not isinstance(name, str) or not name:
+        raise BadInput(f"the index names the file {name!r}, which is not a file name", where=where)
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in name:
+        raise BadInput(f"the index names `{name}`, a path outside the checkpoint", where=where)
+    path = directory / name
+    if not path.is_file():
+        raise BadInput(f"the index names `{name}`, which is not there", where=where, hint="download the missing shard")
+    root, real = directory.resolve(), path.resolve()
+    # The hub cache keeps snapshots/REVISION/* as links into blobs/ of the same repository.
+    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
+    if not any(real.is_relative_to(folder) for folder in allowed):
+        raise BadInput(f"`{name}` is a symlink that leaves the checkpoint ({real})", where=where, hint="copy the file in")
+    return path
+
+
+def _read_file(path: Path) -> dict[str, StoredTensor]:
+    try:
+        return read_header(path) if path.suffix == ".safetensors" else read_pickle(path)
+    except OSError as error:
+        raise InputOutput(f"cannot read the file: {error.strerror}", where=str(path)) from None
+
+
+def _open_sharded(directory: Path, index: str) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
+    where = str(directory / index)
+    weight_map = read_json(directory / index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise BadInput("the index has no `weight_map`", where=where)
+    paths = {name: _shard_path(directory, name, index) for name in sorted({str(v) for v in weight_map.values()})}
+    tensors: dict[str, StoredTensor] = {}
+    owners: dict[str, list[str]] = defaultdict(list)
+    for file, path in paths.items():
+        for name, tensor in _read_file(path).items():
+            owners[name].append(file)
+            tensors[name] = tensor
+    twice = sorted(name for name, files in owners.items() if len(files) > 1)
+    if twice:
+        raise BadInput(f"{len(twice)} tensors are in two shards, {listing(twice)}: which is right cannot be told", where=where)
+    absent = sorted(name for name, file in weight_map.items() if file not in owners.get(name, ()))
+    if absent:
+        raise BadInput(f"the index names {len(absent)} tensors their shard does not hold: {listing(absent)}", where=where)
+    unlisted = sorted(set(tensors) - set(weight_map))
+    notes = (f"{len(unlisted)} tensors are in the shards but not in the index: {listing(unlisted)}",) if unlisted else ()
+    return tensors, notes
+
+
+def listing(names: list[str], limit: int = 4) -> str:
+    """The first few of `names`, in backticks, and how many more there are."""
+    shown = ", ".join(f"`{name}`" for name in names[:limit])
+    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+    """Open a checkpoint directory by reading its config and its weight files' headers.
+
+    Args:
+        source: a local directory, or a hub id such as `Qwen/Qwen2.5-7B` or `Qwen/Qwen2.5-7B@main`.
+
+    Raises:
+        Usage: there is no such directory and the name is not a hub id.
+        BadInput: a file is missing or corrupt.
+        Refused: the directory holds adapters only, or a pickle that would run code.
+    """
+    directory = Path(source)
+    if not directory.exists():
+        from llmconvert.checkpoint.hub import download
+
+        directory = download(str(source))
+    if not directory.is_dir():
+        raise Usage("a checkpoint is a directory, this is a file", where=str(source), hint="name the directory around it")
+    try:
+        names = set(os.listdir(directory))
+    except OSError as error:
+        raise InputOutput(f"cannot read the directory: {error.strerror}", where=str(directory)) from None
+    for index, single in WEIGHT_FILES:
+        if index in names:
+            tensors, notes = _open_sharded(directory, index)
+            return Checkpoint(directory, read_json(directory / "config.json"), tensors, index, notes)
+        if single in names:
+            path = _shard_path(directory, single, single)
+            return Checkpoint(directory, read_json(directory / "config.json"), _read_file(path))
+    raise _no_weights(directory, names)
+
+
+def _no_weights(directory: Path, names: set[str]) -> Exception:
+    where = str(directory)
+    if "adapter_config.json" in names:
+        return Refused(
+            "this is a LoRA adapter without its base model",
+            where=where,
+            hint="merge it into its base first (peft: model.merge_and_unload()), save, and convert that",
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return Refused("GGUF files are not read", where=where, hint="convert the original safetensors checkpoint")
+    shards = sorted(name for name in names if name.endswith((".safetensors", ".bin")))
+    if shards:
+        return BadInput(
+            f"there are weight files ({listing(shards)}) but no index that says what is in them",
+            where=where,
+            hint="download `model.safetensors.index.json` (or `pytorch_model.bin.index.json`) too",
+        )
+    expected = ", ".join(f"`{name}`" for pair in WEIGHT_FILES for name in pair)
+    return BadInput(f"the directory holds no weights (none of {expected})", where=where)

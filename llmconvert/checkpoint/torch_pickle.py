@@ -1,0 +1,157 @@
+"""PyTorch `.bin`/`.pt` files: find every tensor's bytes without running the pickle's code and without torch.
+
+`torch.save` writes a zip of uncompressed records: `*/data.pkl` (the object, pickled) and one `*/data/KEY` a storage.
+The pickle is read by an unpickler that knows a short list of names, each bound to an inert stand-in of ours, so
+nothing in the file can call anything else; the zip directory then says where each storage lies.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llmconvert.checkpoint.dtypes import ITEMSIZE
+from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.errors import BadInput, Refused
+
+_STORAGE_DTYPES = {
+    "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}  # fmt: skip
+
+
+class _StorageType(NamedTuple):
+    dtype: str
+
+
+class _Storage(NamedTuple):
+    dtype: str
+    key: str
+    numel: int
+
+
+class _Tensor(NamedTuple):
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, stride: Any, *_: Any) -> _Tensor:
+    return _Tensor(storage, offset, tuple(shape), tuple(stride))
+
+
+def _rebuild_parameter(data: _Tensor, *_: Any) -> _Tensor:
+    return data
+
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGE_DTYPES.items()},
+}
+
+
+class _Forbidden(Exception):
+    pass
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise _Forbidden(f"{module}.{name}") from None
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, storage_type, key, _, numel = pid
+        if kind != "storage" or not isinstance(storage_type, _StorageType):
+            raise pickle.UnpicklingError("not a storage")
+        return _Storage(storage_type.dtype, str(key), int(numel))
+
+
+def _data_offset(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
+    file = archive.fp
+    assert file is not None
+    file.seek(info.header_offset + 26)
+    name_length, extra_length = struct.unpack("<HH", file.read(4))
+    return int(info.header_offset) + 30 + int(name_length) + int(extra_length)
+
+
+def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def read_pickle(path: Path) -> dict[str, StoredTensor]:
+    """Find the tensors of a state dict saved by `torch.save`.
+
+    Raises:
+        BadInput: the file is truncated, not a torch zip, or not a mapping of names to tensors.
+        Refused: the pickle asks for anything but tensors, or a tensor is not stored contiguously.
+    """
+    where = str(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = {info.filename: info for info in archive.infolist()}
+            pickles = [name for name in records if name.endswith("/data.pkl") or name == "data.pkl"]
+            if len(pickles) != 1:
+                raise BadInput("the archive holds no `data.pkl`: not a file written by torch.save", where=where)
+            root = pickles[0][: -len("data.pkl")]
+            order = archive.read(root + "byteorder") if root + "byteorder" in records else b"little"
+            if order != b"little":
+                raise Refused("the tensors are stored big-endian", where=where)
+            with archive.open(pickles[0]) as file:
+                state = _Unpickler(file).load()
+            offsets: dict[str, int] = {}
+            sizes: dict[str, int] = {}
+            for name, info in records.items():
+                if name.startswith(root + "data/"):
+                    if info.compress_type != zipfile.ZIP_STORED:
+                        raise Refused(f"record `{name}` is compressed", where=where, hint="save it again with torch.save")
+                    key = name[len(root) + 5 :]
+                    offsets[key], sizes[key] = _data_offset(archive, info), info.file_size
+    except _Forbidden as error:
+        raise Refused(
+            f"the pickle asks for `{error}`, which is not needed to hold weights and could run code; it was not run",
+            where=where,
+            hint="get the checkpoint as safetensors, or save its plain state dict again in a sandbox",
+        ) from None
+    except zipfile.BadZipFile:
+        head = path.open("rb").read(2)
+        if head[:1] == b"\x80":
+            raise Refused(
+                "the file is in torch's format from before 1.6, which is not read",
+                where=where,
+                hint="load it with torch.load(..., weights_only=True) and save it again with torch.save",
+            ) from None
+        raise BadInput("the file is truncated or not written by torch.save", where=where, hint="download it again") from None
+    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError, struct.error) as error:
+        raise BadInput(f"the pickle cannot be read: {error}", where=where, hint="download the file again") from None
+    if not isinstance(state, Mapping):
+        raise BadInput("the file does not hold a state dict (a mapping of names to tensors)", where=where)
+    size = path.stat().st_size
+    tensors: dict[str, StoredTensor] = {}
+    for name, value in state.items():
+        if not isinstance(value, _Tensor) or not isinstance(name, str):
+            raise BadInput(f"entry `{name}` is not a tensor: not a plain state dict", where=where)
+        storage, item = value.storage, ITEMSIZE[value.storage.dtype]
+        if not _contiguous(value.shape, value.stride):
+            raise Refused(f"tensor `{name}` is stored non-contiguously", where=where, hint="save it after .contiguous()")
+        begin, count = value.offset * item, math.prod(value.shape) * item
+        if storage.key not in offsets or begin + count > sizes[storage.key] or offsets[storage.key] + begin + count > size:
+            raise BadInput(f"the bytes of tensor `{name}` are missing or cut short", where=where, hint="download it again")
+        tensors[name] = StoredTensor(name, path, offsets[storage.key] + begin, storage.dtype, value.shape)
+    return tensors

@@ -1,0 +1,174 @@
+"""Fill the regions of a plan: byte moves through one small buffer a worker, everything else by evaluated blocks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from llmconvert.engine.journal import Workspace
+from llmconvert.engine.plan import Plan, Region
+from llmconvert.errors import InputOutput, LlmconvertError
+from llmconvert.tensors.evaluate import MOVE_BYTES, Reader, blocks, pieces
+from llmconvert.tensors.expressions import Stored, computes
+
+Progress = Callable[[int], None]
+
+
+class Interrupted(LlmconvertError):
+    """The user stopped the run: exit code 130."""
+
+    exit_code = 130
+
+
+def disk_full(error: OSError, where: Path) -> InputOutput:
+    """The message for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return InputOutput("the disk is full", where=str(where), hint="free some space, then repeat the command with `--resume`")
+    return InputOutput(f"cannot write: {error.strerror}", where=str(error.filename or where))
+
+
+def check_space(plan: Plan, directory: Path, already: int = 0) -> None:
+    """Check that the output fits on the disk.
+
+    Raises:
+        InputOutput: it does not.
+    """
+    free = shutil.disk_usage(directory).free
+    needed = plan.nbytes - already
+    if needed > free:
+        raise InputOutput(
+            f"the output needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free", where=str(directory)
+        )
+
+
+class Executor:
+    """Runs a plan in a workspace.
+
+    Args:
+        plan: what to write.
+        workspace: where.
+        workers: threads.
+        progress: called with the bytes of each step done, from any thread.
+    """
+
+    def __init__(self, plan: Plan, workspace: Workspace, workers: int, progress: Progress) -> None:
+        """See the class."""
+        self.plan, self.workspace, self.workers, self.progress = plan, workspace, workers, progress
+        self.stop = threading.Event()
+        self._reader = Reader()
+        self._outputs: dict[str, int] = {}
+        self._buffers = threading.local()
+
+    def run(self) -> dict[str, str]:
+        """Write everything.
+
+        Returns:
+            The checksum (xxh3-128, hexadecimal) of every region, by region key.
+
+        Raises:
+            InputOutput: a write failed.
+            Interrupted: the run was stopped.
+        """
+        directory = self.workspace.path
+        try:
+            for name, text in self.plan.texts.items():
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                (directory / name).write_bytes(text)
+            for name, path in self.plan.copies.items():
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, directory / name)
+            for file in self.plan.files:
+                descriptor = os.open(directory / file.name, os.O_CREAT | os.O_RDWR, 0o666)
+                self._outputs[file.name] = descriptor
+                os.pwrite(descriptor, file.prefix, 0)
+                os.ftruncate(descriptor, file.size)
+            return self._fill()
+        except OSError as error:
+            raise disk_full(error, directory) from None
+        finally:
+            self._reader.close()
+            for descriptor in self._outputs.values():
+                os.close(descriptor)
+
+    def _fill(self) -> dict[str, str]:
+        if any(computes(tensor.expression) for tensor in self.plan.tensors):
+            import torch
+
+            torch.set_num_threads(1)
+        checksums: dict[str, str] = {}
+        with ThreadPoolExecutor(self.workers) as pool:
+            futures = {pool.submit(self._region, region): region for region in self.plan.regions()}
+            try:
+                for future in as_completed(futures):
+                    checksums[futures[future].key] = future.result()
+            except BaseException as error:
+                self.stop.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                if isinstance(error, KeyboardInterrupt):
+                    raise Interrupted(
+                        "stopped; what is written is kept",
+                        where=str(self.workspace.path),
+                        hint="repeat the command with `--resume` to go on",
+                    ) from None
+                raise
+        return checksums
+
+    def _buffer(self) -> bytearray:
+        if not hasattr(self._buffers, "data"):
+            self._buffers.data = bytearray(MOVE_BYTES)
+        data: bytearray = self._buffers.data
+        return data
+
+    def _region(self, region: Region) -> str:
+        recorded = self.workspace.done.get(region.key)
+        if recorded is not None and recorded == self._checksum_written(region):
+            self.progress(region.nbytes)
+            return recorded
+        hasher = xxhash.xxh3_128()
+        descriptor, position = self._outputs[region.tensor.file], region.offset
+        for expression, start, stop in pieces(region.tensor.expression, region.start, region.stop):
+            if isinstance(expression, Stored):
+                position = self._move(expression, start, stop, descriptor, position, hasher)
+                continue
+            for block in blocks(expression, start, stop, self._reader):
+                view = memoryview(np.ascontiguousarray(block).reshape(-1)).cast("B")
+                position = self._write(descriptor, view, position, hasher)
+        checksum = hasher.hexdigest()
+        self.workspace.record(region.key, checksum)
+        return checksum
+
+    def _move(self, source: Stored, start: int, stop: int, descriptor: int, position: int, hasher: xxhash.xxh3_128) -> int:
+        buffer = memoryview(self._buffer())
+        begin, end = start * source.row_bytes, stop * source.row_bytes
+        for offset in range(begin, end, MOVE_BYTES):
+            view = buffer[: min(MOVE_BYTES, end - offset)]
+            self._reader.read_into(source.tensor, view, offset)
+            position = self._write(descriptor, view, position, hasher)
+        return position
+
+    def _write(self, descriptor: int, view: memoryview, position: int, hasher: xxhash.xxh3_128) -> int:
+        if self.stop.is_set():
+            raise Interrupted("stopped")
+        hasher.update(view)
+        done = 0
+        while done < len(view):
+            done += os.pwrite(descriptor, view[done:], position + done)
+        self.progress(done)
+        return position + done
+
+    def _checksum_written(self, region: Region) -> str:
+        hasher = xxhash.xxh3_128()
+        buffer = memoryview(self._buffer())
+        for offset in range(0, region.nbytes, MOVE_BYTES):
+            view = buffer[: min(MOVE_BYTES, region.nbytes - offset)]
+            count = os.preadv(self._outputs[region.tensor.file], [view], region.offset + offset)
+            hasher.update(view[:count])
+        return hasher.hexdigest()

@@ -1,0 +1,141 @@
+"""A plan: the files to write, and for every region of them the expression that fills it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmconvert.checkpoint.safetensors import layout
+from llmconvert.errors import Usage
+from llmconvert.tensors.expressions import Check, Expression
+
+REGION_BYTES = 64 * 1024 * 1024
+"""Tensors are written, journalled and checksummed in runs of whole rows of about this size."""
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the output: where it goes and what fills it."""
+
+    name: str
+    file: str
+    offset: int
+    expression: Expression
+
+    @property
+    def region_rows(self) -> int:
+        """Rows in one region of this tensor."""
+        return max(1, REGION_BYTES // max(1, self.expression.row_bytes))
+
+
+@dataclass(frozen=True)
+class Region:
+    """Rows `start` to `stop` of one output tensor; the unit of work."""
+
+    tensor: OutputTensor
+    start: int
+    stop: int
+
+    @property
+    def key(self) -> str:
+        """Its name in the journal."""
+        return f"{self.tensor.name}:{self.start}"
+
+    @property
+    def offset(self) -> int:
+        """Byte offset in the output file."""
+        return self.tensor.offset + self.start * self.tensor.expression.row_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the region."""
+        return (self.stop - self.start) * self.tensor.expression.row_bytes
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A weight file of the output: its first bytes and its full size."""
+
+    name: str
+    prefix: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do, known before it does it.
+
+    Attributes:
+        source: the source directory.
+        tensors: the output tensors, in file and offset order.
+        files: the weight files.
+        texts: small files to write, by name.
+        copies: files to copy unchanged, by name.
+        checks: facts about the data to test before writing.
+        identity: what makes two runs the same run, for resuming.
+        summary: what reports and the manifest say about the conversion.
+    """
+
+    source: Path
+    tensors: tuple[OutputTensor, ...]
+    files: tuple[WeightFile, ...]
+    texts: Mapping[str, bytes]
+    copies: Mapping[str, Path]
+    checks: tuple[Check, ...]
+    identity: str
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the output takes."""
+        small = sum(map(len, self.texts.values())) + sum(path.stat().st_size for path in self.copies.values())
+        return sum(file.size for file in self.files) + small
+
+    def regions(self) -> Iterator[Region]:
+        """The work, in file and offset order."""
+        for tensor in self.tensors:
+            for start in range(0, tensor.expression.rows, tensor.region_rows):
+                yield Region(tensor, start, min(start + tensor.region_rows, tensor.expression.rows))
+
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `5GB`, `500MB`, `2GiB` or a plain number (powers of ten unless written with an i).
+
+    Raises:
+        Usage: it is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper())
+    if not match or float(match[1]) <= 0:
+        raise Usage(f"`{text}` is not a size", hint="write it like `5GB`, `500MB` or `2GiB`")
+    return max(1, int(float(match[1]) * _UNITS[match[2]]))
+
+
+def lay_out(tensors: Mapping[str, Expression], max_shard_size: int) -> tuple[tuple[OutputTensor, ...], tuple[WeightFile, ...]]:
+    """Distribute tensors over safetensors files, in order, each at most `max_shard_size` bytes of data.
+
+    A tensor larger than that gets a file of its own.
+    """
+    shards: list[dict[str, Expression]] = [{}]
+    filled = 0
+    for name, expression in tensors.items():
+        if filled and filled + expression.nbytes > max_shard_size:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = expression
+        filled += expression.nbytes
+    outputs: list[OutputTensor] = []
+    files: list[WeightFile] = []
+    for number, shard in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        prefix, offsets = layout({key: (e.dtype, e.shape) for key, e in shard.items()})
+        outputs += [OutputTensor(key, name, offsets[key], e) for key, e in shard.items()]
+        files.append(WeightFile(name, prefix, len(prefix) + sum(e.nbytes for e in shard.values())))
+    return tuple(outputs), tuple(files)

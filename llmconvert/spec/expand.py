@@ -1,0 +1,92 @@
+"""Spec rows, written out for one model: every stored name, the canonical tensors in it, and how to get from one to the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmconvert.canonical import model as canonical
+from llmconvert.canonical.model import CanonicalConfig
+from llmconvert.spec.language import Row, Spec
+from llmconvert.tensors.expressions import Expression, Shape, concat, gather, interleave, rows
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One stored tensor and the canonical tensors it holds.
+
+    Attributes:
+        stored: the stored name.
+        row: the row it comes from.
+        parts: the canonical names, in order; `shapes` their shapes.
+    """
+
+    stored: str
+    row: Row
+    parts: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """The stored tensor's shape: the parts stacked."""
+        return (sum(shape[0] for shape in self.shapes), *self.shapes[0][1:])
+
+    def take_apart(self, stored: Expression, config: CanonicalConfig) -> dict[str, Expression]:
+        """The canonical tensors as expressions over the stored one."""
+        if self.row.pack == "grouped":
+            return self._ungroup(stored, config)
+        result, start = {}, 0
+        for name, shape in zip(self.parts, self.shapes, strict=True):
+            result[name] = rows(stored, start, start + shape[0]) if len(self.parts) > 1 else stored
+            start += shape[0]
+        return result
+
+    def _chunks(self, config: CanonicalConfig) -> tuple[int, ...]:
+        return tuple(shape[0] // config.num_key_value_heads for shape in self.shapes)
+
+    def _ungroup(self, stored: Expression, config: CanonicalConfig) -> dict[str, Expression]:
+        chunks = self._chunks(config)
+        result, start = {}, 0
+        for name, chunk in zip(self.parts, chunks, strict=True):
+            result[name] = gather(stored, range(start, start + chunk), sum(chunks))
+            start += chunk
+        return result
+
+    def put_together(self, tensors: Mapping[str, Expression], config: CanonicalConfig) -> Expression:
+        """The stored tensor as an expression over the canonical ones."""
+        parts = [tensors[name] for name in self.parts]
+        if len(parts) == 1:
+            return parts[0]
+        return interleave(parts, self._chunks(config)) if self.row.pack == "grouped" else concat(parts)
+
+
+def all_rows(spec: Spec) -> tuple[Row, ...]:
+    """The spec's rows, and Llama's own names for every module it does not mention."""
+    covered = {module for row in spec.weights for module in row.modules}
+    return spec.weights + tuple(Row(m + ".{p}", (m,)) for m in canonical.MODULES if m not in covered)
+
+
+def bind(spec: Spec, config: CanonicalConfig) -> list[Binding]:
+    """Every stored tensor a model of this config has in the spec's architecture, in the order of the model's layers."""
+    shapes = canonical.shapes(config)
+    expected = _rows_by_first_module(spec)
+    layers = range(config.num_hidden_layers)
+    before = [m for m in (canonical.EMBED,)]
+    inside = [m for m in canonical.MODULES if "{i}" in m]
+    after = [m for m in canonical.MODULES if "{i}" not in m and m not in before]
+    order = [(m, 0) for m in before] + [(m, i) for i in layers for m in inside] + [(m, 0) for m in after]
+    bindings: list[Binding] = []
+    for module, i in order:
+        row = expected.get(module)
+        if row is None:
+            continue
+        for param in ("weight", "bias") if "{p}" in row.stored else ("weight",):
+            parts = tuple(f"{m.replace('{i}', str(i))}.{param}" for m in row.modules)
+            if parts[0] in shapes:
+                stored = row.stored.replace("{i}", str(i)).replace("{p}", param)
+                bindings.append(Binding(stored, row, parts, tuple(shapes[name] for name in parts)))
+    return bindings
+
+
+def _rows_by_first_module(spec: Spec) -> dict[str, Row]:
+    return {row.modules[0]: row for row in all_rows(spec)}

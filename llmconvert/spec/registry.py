@@ -1,0 +1,174 @@
+"""Where specs come from (the package, entry points, a file), and which one a config.json belongs to."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from llmconvert.errors import BadInput, Refused
+from llmconvert.spec.language import Refusal, Spec
+from llmconvert.spec.validate import validate, validate_all
+
+ENTRY_POINTS = "llmconvert.specs"
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All specs known to a run.
+
+    Attributes:
+        specs: by name, sorted.
+        files: each spec's file.
+        refusals: checkpoints recognised only to be refused.
+    """
+
+    specs: dict[str, Spec]
+    files: dict[str, Path]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def families(self) -> dict[str, list[Spec]]:
+        """Specs by family, both sorted by name."""
+        result: dict[str, list[Spec]] = {}
+        for spec in self.specs.values():
+            result.setdefault(spec.family, []).append(spec)
+        return dict(sorted(result.items()))
+
+    def get(self, name: str) -> Spec:
+        """The spec of that name.
+
+        Raises:
+            Refused: there is none; the message names the nearest.
+        """
+        if name in self.specs:
+            return self.specs[name]
+        near = difflib.get_close_matches(name, self.specs, 3, 0.4) or list(self.specs)
+        raise Refused(
+            f"no architecture is called `{name}`",
+            hint=f"did you mean {', '.join(f'`{n}`' for n in near)}? `llmconvert specs` lists all",
+        )
+
+    def holders(self, trait: str) -> list[str]:
+        """Names of the targets that can hold a trait."""
+        return [spec.name for spec in self.specs.values() if spec.target and trait in spec.holds | spec.always]
+
+    def detect(self, config: Mapping[str, Any]) -> Spec:
+        """The spec a config.json belongs to, by `model_type` and `architectures`.
+
+        Raises:
+            Refused: the architecture is unknown, or known and refused.
+            BadInput: the config claims nothing.
+        """
+        model_type, architectures = config.get("model_type"), set(config.get("architectures") or ())
+        for refusal in self.refusals:
+            claimed = model_type in refusal.model_types or architectures & set(refusal.architectures)
+            if claimed and (refusal.key is None or config.get(refusal.key) is not None):
+                raise refused(refusal)
+        by_architecture = [s for s in self.specs.values() if s.source and architectures & set(s.architectures)]
+        by_type = [s for s in self.specs.values() if s.source and model_type in s.model_types]
+        both = [s for s in by_architecture if s in by_type]
+        for candidates in (both, by_architecture, by_type):
+            if candidates:
+                return candidates[0]
+        if not model_type and not architectures:
+            raise BadInput("config.json has neither `model_type` nor `architectures`", where="config.json")
+        label = str(model_type or ", ".join(sorted(architectures)))
+        known = {t: s.name for s in self.specs.values() for t in (*s.model_types, *s.architectures)}
+        near = dict.fromkeys(known[m] for m in difflib.get_close_matches(label, known, 5, 0.5))
+        closest = f"; the nearest specs by name are {', '.join(f'`{n}`' for n in near)}" if near else ""
+        raise Refused(
+            f"the architecture `{label}` is not known{closest}",
+            where="config.json",
+            hint="`llmconvert new-spec DIR` drafts a spec from the checkpoint; pass it with `--spec FILE.py`",
+        )
+
+
+def refused(refusal: Refusal, target: str = "llama") -> Refused:
+    """The error for a recognised checkpoint that is not converted."""
+    from llmconvert.canonical.model import TRAITS
+
+    if refusal.trait is not None:
+        trait = TRAITS[refusal.trait]
+        reason = f"`{trait.name}` ({trait.meaning}): {trait.obstacle}"
+        return Refused(f"{refusal.name} has {reason}", where="config.json", hint=refusal.instead or trait.instead)
+    return Refused(f"{refusal.name}: {refusal.why}", where="config.json", hint=refusal.instead or None)
+
+
+def _members(module: ModuleType, file: Path) -> tuple[list[Spec], list[Refusal]]:
+    spec, refusals = getattr(module, "SPEC", None), getattr(module, "REFUSALS", ())
+    if spec is None and not refusals:
+        raise BadInput("the spec file defines no `SPEC`", where=str(file), hint="see docs/adding-an-architecture.md")
+    if spec is not None and not isinstance(spec, Spec):
+        raise BadInput("`SPEC` is not a llmconvert.spec.language.Spec", where=str(file))
+    if spec is not None:
+        validate(spec, str(file))
+    return ([spec] if spec is not None else []), list(refusals)
+
+
+def load_file(path: Path) -> Spec:
+    """The spec in a Python file of the user's. The file is run: it is code they chose to pass.
+
+    Raises:
+        BadInput: the file cannot be read or run, or does not define a valid `SPEC`.
+    """
+    loader = importlib.util.spec_from_file_location(f"llmconvert_spec_{path.stem}", path)
+    if loader is None or loader.loader is None or not path.is_file():
+        raise BadInput("no such spec file", where=str(path))
+    module = importlib.util.module_from_spec(loader)
+    try:
+        loader.loader.exec_module(module)
+    except Exception as error:
+        raise BadInput(f"the spec file does not run: {type(error).__name__}: {error}", where=str(path)) from None
+    specs, _ = _members(module, path)
+    if not specs:
+        raise BadInput("the spec file defines no `SPEC`", where=str(path))
+    return specs[0]
+
+
+@cache
+def _shipped() -> tuple[tuple[Spec | Refusal, Path], ...]:
+    package = importlib.import_module("llmconvert.specs")
+    found: list[tuple[Spec | Refusal, Path]] = []
+    modules = [
+        importlib.import_module(f"llmconvert.specs.{info.name}") for info in pkgutil.iter_modules(package.__path__)
+    ]
+    from importlib.metadata import entry_points
+
+    for entry in entry_points(group=ENTRY_POINTS):
+        loaded = entry.load()
+        modules.append(loaded if isinstance(loaded, ModuleType) else importlib.import_module(entry.module))
+    for module in modules:
+        file = Path(module.__file__ or module.__name__)
+        specs, refusals = _members(module, file)
+        found += [(item, file) for item in (*specs, *refusals)]
+    return tuple(found)
+
+
+def registry(spec_file: Path | None = None) -> Registry:
+    """All specs: the package's, those of installed packages, and the one in `spec_file`, which comes first.
+
+    Raises:
+        BadInput: a spec is invalid, or two have one name.
+    """
+    entries: list[tuple[Spec | Refusal, Path]] = list(_shipped())
+    specs: dict[str, tuple[Spec, str]] = {}
+    for item, file in entries:
+        if isinstance(item, Spec):
+            if item.name in specs:
+                raise BadInput(f"two specs are called `{item.name}`: {specs[item.name][1]} and {file}")
+            specs[item.name] = (item, str(file))
+    if spec_file is not None:
+        own = load_file(spec_file)
+        specs = {own.name: (own, str(spec_file)), **{n: s for n, s in specs.items() if n != own.name}}
+    refusals = tuple(item for item, _ in entries if isinstance(item, Refusal))
+    validate_all(specs, refusals)
+    names = list(specs) if spec_file is not None else sorted(specs)
+    return Registry({n: specs[n][0] for n in names}, {n: Path(specs[n][1]) for n in names}, refusals)

@@ -1,0 +1,93 @@
+"""Checks of a spec as data: a clash, a gap or an unknown name is reported with its file and row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from llmconvert.canonical.model import HEAD, MODULES, TRAITS, CanonicalConfig, K, Q, V
+from llmconvert.canonical.lowerings import ADD
+from llmconvert.errors import BadInput
+from llmconvert.spec.expand import all_rows
+from llmconvert.spec.language import Refusal, Row, Spec
+
+_ATTRIBUTES = {attribute.name for attribute in dataclasses.fields(CanonicalConfig)}
+_PACKS = ("concat", "grouped")
+
+
+def validate(spec: Spec, where: str) -> None:
+    """Check one spec.
+
+    Args:
+        spec: the spec.
+        where: its file, for the message.
+
+    Raises:
+        BadInput: the first fault, naming the row or field.
+    """
+
+    def fault(what: str) -> BadInput:
+        return BadInput(f"spec `{spec.name}`: {what}", where=where, hint="see docs/adding-an-architecture.md")
+
+    if not spec.name or not spec.name.replace("_", "").isalnum():
+        raise fault("`name` must be letters, digits and underscores")
+    if not spec.model_types or not spec.architectures:
+        raise fault("`model_types` and `architectures` must each name at least one value")
+    for trait in (*spec.holds, *spec.always, *(t for group in spec.coupled for t in group)):
+        if trait not in TRAITS:
+            raise fault(f"`{trait}` is not a trait (they are: {', '.join(sorted(TRAITS))})")
+    for trait in (*spec.always, *(t for group in spec.coupled for t in group)):
+        if trait not in ADD:
+            raise fault(f"no lowering adds `{trait}`, so it cannot be in `always` or `coupled`")
+    owner: dict[str, object] = {}
+    for field in spec.config:
+        for attribute in field.attributes:
+            if attribute not in _ATTRIBUTES:
+                raise fault(f"`{attribute}` in {field!r} is not a canonical attribute")
+            if attribute in owner:
+                raise fault(f"`{attribute}` is set by two fields: {owner[attribute]!r} and {field!r}")
+            owner[attribute] = field
+    _validate_rows(spec, fault)
+
+
+def _validate_rows(spec: Spec, fault: object) -> None:
+    assert callable(fault)
+    owners: dict[str, Row] = {}
+    for row in spec.weights:
+        if not row.modules:
+            raise fault(f"row `{row.stored}` holds no module")
+        for module in row.modules:
+            if module not in MODULES:
+                raise fault(f"row `{row.stored}` names `{module}`, which is not a canonical module")
+            if module in owners:
+                raise fault(f"`{module}` is in two rows: `{owners[module].stored}` and `{row.stored}`")
+            owners[module] = row
+            if ("{i}" in module) != ("{i}" in row.stored):
+                raise fault(f"row `{row.stored}` and module `{module}` must both be per layer (`{{i}}`) or neither")
+        if row.pack not in _PACKS:
+            raise fault(f"row `{row.stored}` has the unknown pack {row.pack!r} (known: {', '.join(_PACKS)})")
+        if row.pack == "grouped" and row.modules != (Q, K, V):
+            raise fault(f"row `{row.stored}` is grouped, which is defined for (Q, K, V) only")
+        if "{p}" not in row.stored and not row.stored.endswith((".weight", "weight")):
+            raise fault(f"row `{row.stored}` ends in neither `{{p}}` nor `weight`")
+    stored = [row.stored for row in all_rows(spec)] + [drop.stored for drop in spec.drops]
+    twice = {name for name in stored if stored.count(name) > 1}
+    if twice:
+        raise fault(f"`{min(twice)}` is stored by two rows")
+    if "tied_embeddings" in spec.always and any(HEAD in row.modules for row in spec.weights):
+        raise fault("a spec that always ties its head cannot have a row for it")
+
+
+def validate_all(specs: dict[str, tuple[Spec, str]], refusals: tuple[Refusal, ...]) -> None:
+    """Check that no two specs have one name and that refusals name known traits.
+
+    Raises:
+        BadInput: they do, or a refusal names a trait there is not.
+    """
+    for refusal in refusals:
+        if refusal.trait is not None and refusal.trait not in TRAITS:
+            raise BadInput(f"refusal `{refusal.name}` names `{refusal.trait}`, which is not a trait")
+    families = {spec.family for spec, _ in specs.values()}
+    for family in families:
+        defaults = [s.name for s, _ in specs.values() if s.family == family and s.target and s.default_target]
+        if len(defaults) > 1:
+            raise BadInput(f"family `{family}` has several default targets: {', '.join(sorted(defaults))}")

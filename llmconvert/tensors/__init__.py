@@ -1,0 +1,1 @@
+"""Tensors as expressions over stored tensors, and their evaluation by row blocks."""

@@ -1,0 +1,271 @@
+"""Evaluate expressions by row blocks, and recognise the parts that only move bytes.
+
+A block travels as a numpy array of unsigned integers that carry the elements bit for bit, shape [rows, ...].
+Arithmetic goes through torch, imported when the first block needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llmconvert.checkpoint.dtypes import ITEMSIZE, TO_NAME, carrier
+from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.errors import BadInput, Refused
+from llmconvert.tensors.expressions import (
+    Cast,
+    Concat,
+    Expression,
+    Fill,
+    Gather,
+    Interleave,
+    NormalizeRows,
+    Rows,
+    Scale,
+    Shift,
+    Stored,
+    sources,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+Block = npt.NDArray[Any]
+
+MOVE_BYTES = 256 * 1024
+"""The buffer for byte moves: it stays in the cache, where larger ones measured up to twice slower."""
+
+BLOCK_BYTES = 1024 * 1024
+"""Aim of one evaluated block; enough for one attention head of a large model."""
+
+_SHORTEST_MOVE = 64 * 1024
+
+
+class Reader:
+    """Open files for positioned reads, shared by threads. Close it, or use it as a context manager."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def descriptor(self, path: Path) -> int:
+        """The file descriptor for `path`, opened once."""
+        with self._lock:
+            if path not in self._descriptors:
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            return self._descriptors[path]
+
+    def read_into(self, tensor: StoredTensor, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from `offset` bytes into the tensor.
+
+        Raises:
+            BadInput: the file ends before the tensor does.
+        """
+        descriptor, position, done = self.descriptor(tensor.path), tensor.offset + offset, 0
+        while done < len(buffer):
+            count = os.preadv(descriptor, [buffer[done:]], position + done)
+            if count == 0:
+                raise BadInput(f"the file ended inside tensor `{tensor.name}`: it changed while being read", where=str(tensor.path))
+            done += count
+
+    def close(self) -> None:
+        """Close every file."""
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def to_torch(block: Block, dtype: str) -> torch.Tensor:
+    """View a carrier block as a torch tensor of `dtype` (a float type)."""
+    import torch
+
+    signed = {2: np.int16, 4: np.int32, 8: np.int64}[ITEMSIZE[dtype]]
+    return torch.from_numpy(block.view(signed)).view(getattr(torch, TO_NAME[dtype]))
+
+
+def _from_torch(tensor: torch.Tensor, dtype: str) -> Block:
+    import torch
+
+    signed = {2: torch.int16, 4: torch.int32, 8: torch.int64}[ITEMSIZE[dtype]]
+    array: Block = tensor.contiguous().view(signed).numpy()
+    return array.view(carrier(dtype))
+
+
+def _origin(expression: Expression) -> str:
+    return ", ".join(f"`{tensor.name}`" for tensor in sources(expression)) or "a constant"
+
+
+def _arithmetic(expression: Expression, operand: Expression, block: Block) -> Block:
+    import torch
+
+    value = to_torch(np.ascontiguousarray(block), operand.dtype)
+    match expression:
+        case Scale(factor=factor):
+            result = value.float() * factor
+        case Shift(offset=offset):
+            result = value.float() + offset
+        case NormalizeRows():
+            result = torch.nn.functional.normalize(value, dim=-1)
+        case _:
+            result = value.to(getattr(torch, TO_NAME[expression.dtype]))
+            if ITEMSIZE[expression.dtype] == 2 and bool((result.isinf() & ~value.isinf()).any()):
+                raise Refused(
+                    f"values of {_origin(operand)} overflow to infinity in {TO_NAME[expression.dtype]}",
+                    hint="use `--dtype bfloat16` or `--dtype float32`",
+                )
+    return _from_torch(result, expression.dtype)
+
+
+def _group_indices(expression: Gather, start: int, stop: int) -> npt.NDArray[np.int64]:
+    position = np.arange(start, stop)
+    pattern = np.asarray(expression.pattern, dtype=np.int64)
+    entry = pattern[position % len(pattern)]
+    return np.where(entry < 0, -1, position // len(pattern) * expression.period + entry)
+
+
+def _gather_rows(expression: Gather, start: int, stop: int, reader: Reader) -> Block:
+    index = _group_indices(expression, start, stop)
+    wanted = index[index >= 0]
+    if not wanted.size:
+        return np.zeros((stop - start, *expression.shape[1:]), dtype=carrier(expression.dtype))
+    low, high = int(wanted.min()), int(wanted.max()) + 1
+    if high - low <= 4 * len(index) + expression.period:
+        block = evaluate(expression.operand, low, high, reader)[np.maximum(index - low, 0)]
+        if wanted.size < index.size:
+            block[index < 0] = 0
+        return block
+    out: Block = np.zeros((stop - start, *expression.shape[1:]), dtype=carrier(expression.dtype))
+    for position in np.flatnonzero(index >= 0):
+        out[position] = evaluate(expression.operand, int(index[position]), int(index[position]) + 1, reader)[0]
+    return out
+
+
+def _gather_columns(expression: Gather, block: Block) -> Block:
+    index = _group_indices(expression, 0, expression.shape[1])
+    out: Block = block[:, np.maximum(index, 0)]
+    out[:, index < 0] = 0
+    return out
+
+
+def segments(expression: Concat | Interleave, start: int, stop: int) -> Iterator[tuple[Expression, int, int]]:
+    """Split rows `start` to `stop` into (part, first row, end row) of the parts they come from, in order."""
+    if isinstance(expression, Concat):
+        base = 0
+        for part in expression.parts:
+            low, high = max(start - base, 0), min(stop - base, part.rows)
+            if low < high:
+                yield part, low, high
+            base += part.rows
+        return
+    total = sum(expression.chunks)
+    for turn in range(start // total, -(-stop // total)):
+        base = turn * total
+        for part, chunk in zip(expression.parts, expression.chunks, strict=True):
+            low, high = max(start - base, 0), min(stop - base, chunk)
+            if low < high:
+                yield part, turn * chunk + low, turn * chunk + high
+            base += chunk
+
+
+def evaluate(expression: Expression, start: int, stop: int, reader: Reader) -> Block:
+    """Rows `start` to `stop` of an expression, as a carrier array of shape [stop - start, ...].
+
+    Raises:
+        Refused: a cast overflows to infinity.
+        BadInput: a source file ended early.
+    """
+    match expression:
+        case Stored(tensor=tensor):
+            out: Block = np.empty((stop - start, *expression.shape[1:]), dtype=carrier(expression.dtype))
+            reader.read_into(tensor, memoryview(out.reshape(-1)).cast("B"), start * expression.row_bytes)
+            return out
+        case Rows(operand=operand, start=first):
+            return evaluate(operand, first + start, first + stop, reader)
+        case Concat() | Interleave():
+            blocks = [evaluate(part, low, high, reader) for part, low, high in segments(expression, start, stop)]
+            return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        case Gather(axis=0):
+            return _gather_rows(expression, start, stop, reader)
+        case Gather(operand=operand):
+            return _gather_columns(expression, evaluate(operand, start, stop, reader))
+        case Fill(value=value):
+            shape = (stop - start, *expression.shape[1:])
+            if value == 0.0:
+                return np.zeros(shape, dtype=carrier(expression.dtype))
+            import torch
+
+            return _from_torch(torch.full(shape, value, dtype=getattr(torch, TO_NAME[expression.dtype])), expression.dtype)
+        case Scale(operand=operand) | Shift(operand=operand) | NormalizeRows(operand=operand) | Cast(operand=operand):
+            return _arithmetic(expression, operand, evaluate(operand, start, stop, reader))
+    raise TypeError(f"not an expression: {expression!r}")
+
+
+def block_rows(expression: Expression) -> int:
+    """How many rows to evaluate at a time, in whole groups of a gather where that fits.
+
+    Memory per worker is a few times `BLOCK_BYTES`, or a few rows where one row is longer than that.
+    """
+    widest = max(expression.row_bytes, 1, *(node.row_bytes for node in expression.operands or (expression,)))
+    return max(1, BLOCK_BYTES // widest)
+
+
+def blocks(expression: Expression, start: int, stop: int, reader: Reader) -> Iterator[Block]:
+    """Rows `start` to `stop` in consecutive blocks of bounded size."""
+    step = block_rows(expression)
+    for low in range(start, stop, step):
+        yield evaluate(expression, low, min(low + step, stop), reader)
+
+
+def pieces(expression: Expression, start: int, stop: int) -> Iterator[tuple[Expression, int, int]]:
+    """Split rows into ranges of `Stored` tensors (plain byte moves) and of whatever must be evaluated.
+
+    Consecutive ranges come in output order; the caller copies the former and evaluates the latter.
+    """
+    match expression:
+        case Rows(operand=operand, start=first):
+            yield from pieces(operand, first + start, first + stop)
+        case Concat() | Interleave() if _mean_segment(expression) >= _SHORTEST_MOVE:
+            for part, low, high in segments(expression, start, stop):
+                yield from pieces(part, low, high)
+        case Gather(axis=0) if expression.nbytes // _run_count(expression) >= _SHORTEST_MOVE:
+            yield from _gather_pieces(expression, start, stop)
+        case _:
+            yield expression, start, stop
+
+
+def _mean_segment(expression: Concat | Interleave) -> int:
+    if isinstance(expression, Concat):
+        return max(part.nbytes for part in expression.parts)
+    return sum(expression.chunks) * expression.row_bytes // len(expression.chunks)
+
+
+def _run_count(expression: Gather) -> int:
+    return max(1, expression.rows // len(expression.pattern) * len(expression.runs))
+
+
+def _gather_pieces(expression: Gather, start: int, stop: int) -> Iterator[tuple[Expression, int, int]]:
+    width = len(expression.pattern)
+    for group in range(start // width, -(-stop // width)):
+        for position, first, length in expression.runs:
+            low = max(group * width + position, start)
+            high = min(group * width + position + length, stop)
+            if low >= high:
+                continue
+            if first < 0:
+                yield Fill((high - low, *expression.shape[1:]), expression.dtype, 0.0), 0, high - low
+                continue
+            source = group * expression.period + first + (low - group * width - position)
+            yield from pieces(expression.operand, source, source + high - low)

@@ -1,0 +1,1 @@
+"""Proofs: the ledger, the round trip, the logits. Nothing here knows specs or conversions."""

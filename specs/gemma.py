@@ -1,0 +1,25 @@
+"""Gemma (first generation): scaled embeddings, norms that multiply by 1 + weight, a tied head, GELU.
+
+Source: transformers GemmaConfig and GemmaForCausalLM. `gelu` in its config files means the tanh approximation.
+"""
+
+from llmconvert.spec.language import Field, Fixed, SquareRoot, Spec
+
+SPEC = Spec(
+    name="gemma",
+    title="Gemma 2B, 7B (first generation)",
+    family="gemma",
+    model_types=("gemma",),
+    architectures=("GemmaForCausalLM",),
+    config=(
+        Field("hidden_act", "hidden_activation", aliases=("hidden_act",), default="gelu_pytorch_tanh",
+              values=(("gelu", "gelu_pytorch_tanh"),)),
+        Field("tie_word_embeddings", "tie_word_embeddings", default=True),
+        Field("max_position_embeddings", "max_position_embeddings", default=8192),
+        SquareRoot("embedding_multiplier", "hidden_size"),
+        Fixed("unit_offset_norm", True),
+        Fixed("qkv_bias o_bias mlp_bias", False, keys=("attention_bias",)),
+    ),
+    target=False,
+    not_target="its embedding scale and 1 + weight norms can only be undone with rounding, and its activation is GELU",
+)  # fmt: skip

@@ -1,0 +1,30 @@
+"""GLM in transformers' native form (THUDM/glm-4-9b-chat-hf, GLM-Edge): packed gate and up, partial interleaved rotary.
+
+Source: transformers GlmConfig and GlmForCausalLM.
+"""
+
+from llmconvert.canonical.model import GATE, LAYER, UP
+from llmconvert.spec.language import Field, Fixed, Spec, row
+from llmconvert.spec.rope import Rope
+
+SPEC = Spec(
+    name="glm",
+    title="GLM-4-9b, GLM-Edge (native form)",
+    family="glm",
+    model_types=("glm",),
+    architectures=("GlmForCausalLM",),
+    config=(
+        Rope(partial=0.5, partial_key="partial_rotary_factor", scaling=()),
+        Fixed("rotary_interleaved", True),
+        Field("rms_norm_eps", "rms_norm_eps", default=1.5625e-7),
+        Field("qkv_bias", "attention_bias", default=True),
+        Fixed("o_bias mlp_bias", False),
+    ),
+    weights=(row(LAYER + "mlp.gate_up_proj.{p}", GATE, UP),),
+    holds=frozenset(
+        {"qkv_bias", "tied_embeddings", "grouped_query", "partial_rotary", "interleaved_rotary", "explicit_head_dim",
+         "activation"}
+    ),
+    always=frozenset({"interleaved_rotary"}),
+    aka=("chatglm",),
+)  # fmt: skip
