@@ -14,7 +14,7 @@ from typing import Any
 import llmconvert
 from llmconvert.canonical.lowerings import EXACT, Step, lower
 from llmconvert.canonical.lowerings import ONE_WAY as STEP_ONE_WAY
-from llmconvert.canonical.model import CanonicalConfig, CanonicalModel
+from llmconvert.canonical.model import CanonicalConfig, CanonicalModel, traits
 from llmconvert.checkpoint.directory import Checkpoint, open_checkpoint
 from llmconvert.checkpoint.dtypes import FROM_NAME, ITEMSIZE, TO_NAME
 from llmconvert.converters.companions import Companions, companions
@@ -164,12 +164,7 @@ def plan_conversion(
     config = read_config(spec, checkpoint.config, checkpoint.tensors)
     _refuse_early(config, target, known)
     lifted = lift(spec, checkpoint, config)
-    try:
-        model, steps = lower(
-            _input_dtype(lifted.model, code), target.name, target.holds, target.always, target.coupled, known.holders
-        )
-    except Refused as error:
-        raise Refused(error.what, where=str(checkpoint.path), hint=error.hint) from None
+    model, steps = _lower(_input_dtype(lifted.model, code), target, known, checkpoint)
     tensors = {name: cast(e, code or e.dtype) for name, e in emit(target, model).items()}
     written_dtype = code or _dominant(tensors)
     texts, notes = _texts(checkpoint, spec, target, model.config, written_dtype)
@@ -201,6 +196,38 @@ def plan_conversion(
     return Conversion(
         checkpoint, spec, lifted, target, model, steps, code, plan, ledger, all_notes, extra.left
     )
+
+
+def _lower(
+    model: CanonicalModel, target: Spec, known: Registry, checkpoint: Checkpoint
+) -> tuple[CanonicalModel, list[tuple[Step, CanonicalConfig]]]:
+    """Lower to the target; on the way back to where the checkpoint came from, without biases it did not have."""
+    added = _biases_added(target, checkpoint) & traits(model.config)
+    try:
+        if added:
+            lean, steps = lower(model, target.name, target.holds - added, target.always - added, (), known.holders)
+            if not failing(lean.checks):
+                return lean, steps
+        return lower(model, target.name, target.holds, target.always, target.coupled, known.holders)
+    except Refused as error:
+        raise Refused(error.what, where=str(checkpoint.path), hint=error.hint) from None
+
+
+def _origin(target: Spec, checkpoint: Checkpoint) -> CanonicalConfig | None:
+    """The config this checkpoint was converted from, if that was in the target's dialect."""
+    made = (manifest.read(checkpoint.path) or {}).get("source") or {}
+    original = made.get("config")
+    if made.get("spec") != target.name or not isinstance(original, dict):
+        return None
+    try:
+        return read_config(target, original)
+    except (BadInput, Refused):
+        return None
+
+
+def _biases_added(target: Spec, checkpoint: Checkpoint) -> frozenset[str]:
+    origin = _origin(target, checkpoint)
+    return frozenset({"qkv_bias", "o_bias", "mlp_bias"}) - traits(origin) if origin else frozenset()
 
 
 def _refuse_early(config: CanonicalConfig, target: Spec, known: Registry) -> None:

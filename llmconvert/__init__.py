@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOT = Path(__file__).resolve().parent.parent
-if not (Path(__file__).parent / "specs").is_dir() and (_ROOT / "pyproject.toml").is_file():
+if __name__ != "llmconvert":
+    # The checkout's root is on `__path__`, where this folder would be found a second time.
+    raise ImportError(f"import `llmconvert`, not `{__name__}`")
+
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "specs").is_dir() and (_HERE.parent / "pyproject.toml").is_file():
     # In a checkout `converters/` and `specs/` lie at the root; a wheel carries them inside the package.
-    __path__.append(str(_ROOT))
+    __path__.append(str(_HERE.parent))
 
 if TYPE_CHECKING:
     from llmconvert.checkpoint import open_checkpoint
@@ -37,3 +41,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'llmconvert' has no attribute {name!r}")
     module, attribute = _PUBLIC[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -3,7 +3,7 @@
 Source: transformers GraniteConfig and GraniteForCausalLM.
 """
 
-from llmconvert.spec.language import Field, Spec
+from llmconvert.spec.language import Field, SoftmaxScale, Spec
 
 SPEC = Spec(
     name="granite",
@@ -15,7 +15,7 @@ SPEC = Spec(
         Field("embedding_multiplier", "embedding_multiplier", default=1.0),
         Field("residual_multiplier", "residual_multiplier", default=1.0),
         Field("logits_scaling", "logits_scaling", default=1.0),
-        Field("attention_multiplier", "attention_multiplier", default=1.0),
+        SoftmaxScale("attention_multiplier"),
         Field("qkv_bias o_bias", "attention_bias", default=False),
         Field("mlp_bias", "mlp_bias", default=False),
     ),

@@ -177,6 +177,29 @@ class SquareRoot:
 
 
 @dataclass(frozen=True)
+class SoftmaxScale:
+    """The factor on attention scores, under a key of its own; head_dim ** -0.5 is no departure from Llama."""
+
+    key: str
+    attributes = ("attention_multiplier",)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The config key it understands."""
+        return (self.key,)
+
+    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
+        """The factor, or None where it is the usual one. An absent key means 1 (transformers' GraniteConfig)."""
+        value = float(config.get(self.key, 1.0))
+        return {"attention_multiplier": None if math.isclose(value, done["head_dim"] ** -0.5, rel_tol=1e-9) else value}
+
+    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
+        """The key, always."""
+        usual = float(config.head_dim**-0.5)
+        return {self.key: usual if config.attention_multiplier is None else config.attention_multiplier}
+
+
+@dataclass(frozen=True)
 class ByArchitecture:
     """A boolean told by config.json's `architectures`: true for the names given."""
 
@@ -271,7 +294,7 @@ class Window:
         return {self.key: window, **({self.switch: window is not None} if self.switch else {})}
 
 
-AnyField = Field | Fixed | HeadDim | SquareRoot | ByArchitecture | WithoutKey | Window | Rope
+AnyField = Field | Fixed | HeadDim | SquareRoot | SoftmaxScale | ByArchitecture | WithoutKey | Window | Rope
 
 LLAMA_FIELDS: tuple[AnyField, ...] = (
     Field("hidden_size", "hidden_size"),

@@ -1,0 +1,77 @@
+"""What a checkpoint is: architecture, sizes, dtypes, traits, shards, and where it can go."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from llmconvert.canonical.lowerings import check_representable
+from llmconvert.canonical.model import traits
+from llmconvert.checkpoint.directory import open_checkpoint
+from llmconvert.checkpoint.dtypes import TO_NAME
+from llmconvert.engine import manifest
+from llmconvert.errors import LlmconvertError
+from llmconvert.spec.dialect import lift, read_config
+from llmconvert.spec.registry import registry
+
+
+def inspect(source: str | os.PathLike[str], *, spec_file: Path | None = None) -> dict[str, Any]:
+    """Describe a checkpoint from its headers.
+
+    Args:
+        source: a directory or a hub id.
+        spec_file: a spec from outside the package.
+
+    Returns:
+        A JSON-ready dictionary; `architecture` is None and `problem` says why where no spec explains the tensors.
+
+    Raises:
+        LlmconvertError: the directory cannot be opened at all.
+    """
+    known = registry(spec_file)
+    checkpoint = open_checkpoint(source)
+    dtypes = Counter(TO_NAME.get(tensor.dtype, tensor.dtype) for tensor in checkpoint.tensors.values())
+    result: dict[str, Any] = {
+        "path": str(checkpoint.path),
+        "architecture": None,
+        "parameters": sum(math.prod(tensor.shape) for tensor in checkpoint.tensors.values()),
+        "bytes": checkpoint.nbytes,
+        "tensors": len(checkpoint.tensors),
+        "files": [{"name": path.name, "bytes": path.stat().st_size} for path in checkpoint.files],
+        "dtypes": dict(dtypes),
+        "notes": list(checkpoint.notes),
+    }
+    made = manifest.read(checkpoint.path)
+    if made is not None:
+        result["made_from"] = (made.get("source") or {}).get("spec")
+    try:
+        spec = known.detect(checkpoint.config)
+        result["architecture"], result["title"] = spec.name, spec.title
+        config = read_config(spec, checkpoint.config, checkpoint.tensors)
+        held = traits(config)
+        result["traits"] = sorted(held)
+        result["config"] = {
+            key: getattr(config, key)
+            for key in (
+                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rotary_dim",
+            )
+        }  # fmt: skip
+        lifted = lift(spec, checkpoint, config)
+        result["notes"] += lifted.notes
+        result["dropped"] = lifted.dropped
+        result["targets"] = {}
+        for target in known.specs.values():
+            if target.target and target.name != spec.name:
+                try:
+                    check_representable(config, target.name, target.holds | target.always)
+                    result["targets"][target.name] = "yes"
+                except LlmconvertError as error:
+                    result["targets"][target.name] = error.what
+    except LlmconvertError as error:
+        result["problem"] = error.what
+        result["hint"] = error.hint
+    return result

@@ -1,0 +1,5 @@
+"""`python -m llmconvert`."""
+
+from llmconvert.cli.app import main
+
+main()

@@ -1,0 +1,280 @@
+"""The commands. Each parses, calls the library and shows what it returns; nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import llmconvert
+from llmconvert.cli.output import Output, show_error
+from llmconvert.errors import LlmconvertError, Refused, Usage
+from llmconvert.spec.registry import Registry, registry
+
+if TYPE_CHECKING:
+    from llmconvert.spec.language import Spec
+
+app = typer.Typer(
+    help="Convert, shard and prove LLM checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="checkpoint directory, or a hub id such as Qwen/Qwen2.5-7B[@revision]")]
+Destination = Annotated[Path, typer.Argument(metavar="DST", help="directory to make; it appears only when whole and proved")]
+SpecFile = Annotated[Path | None, typer.Option("--spec", metavar="FILE.py", help="a spec from outside the package")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; each tensor's own if absent")]
+ShardSize = Annotated[str, typer.Option(help="largest weight file, such as 5GB or 500MB")]
+Verify = Annotated[str, typer.Option(help="none; weights (ledger and round trip); logits (run both models as well)")]
+Workers = Annotated[int | None, typer.Option(help="threads; as many as processors, at most 8, if absent")]
+Device = Annotated[str, typer.Option(help="where logits are computed: auto, cpu, cuda, cuda:1")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace DST, and discard an unfinished run")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="show the plan and write nothing")]
+Sync = Annotated[bool, typer.Option("--sync/--no-sync", help="have the disk confirm every byte before DST appears")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="nothing but errors")]
+
+Accept = Callable[[Registry, "Spec"], None]
+
+
+def _conversion(to: str | None, accept: Accept | None) -> Callable[..., None]:
+    """A converting command: to a fixed target, from sources that `accept` lets through; or, with None, to `--to`."""
+
+    def run(to: str, source_name: str | None, source: str, destination: Path, options: dict[str, Any]) -> None:
+        from llmconvert.cli import render
+        from llmconvert.converters.huggingface import convert
+
+        output = Output(json_mode=options.pop("json"), quiet=options.pop("quiet"))
+        with output.progress() as progress:
+            extra = {"accept": accept} if accept else {}
+            found = convert(source, destination, to=to, source_name=source_name, progress=progress, **extra, **options)
+        output.result(found.to_dict(), render.report(found, dry_run=options["dry_run"]))
+
+    if to is None:
+
+        def any_command(
+            source: Source,
+            destination: Destination,
+            to: Annotated[str, typer.Option(help="target architecture or family, such as llama (see `specs`)")],
+            source_name: Annotated[str | None, typer.Option("--from", help="source architecture; detected if absent")] = None,
+            spec_file: SpecFile = None,
+            dtype: Dtype = None,
+            max_shard_size: ShardSize = "5GB",
+            verify: Verify = "weights",
+            device: Device = "auto",
+            workers: Workers = None,
+            overwrite: Overwrite = False,
+            resume: Resume = False,
+            dry_run: DryRun = False,
+            sync: Sync = True,
+            json: Json = False,
+            quiet: Quiet = False,
+        ) -> None:
+            options = {k: v for k, v in locals().items() if k in _OPTIONS}
+            run(to, source_name, source, destination, options)
+
+        return any_command
+
+    def command(
+        source: Source,
+        destination: Destination,
+        spec_file: SpecFile = None,
+        dtype: Dtype = None,
+        max_shard_size: ShardSize = "5GB",
+        verify: Verify = "weights",
+        device: Device = "auto",
+        workers: Workers = None,
+        overwrite: Overwrite = False,
+        resume: Resume = False,
+        dry_run: DryRun = False,
+        sync: Sync = True,
+        json: Json = False,
+        quiet: Quiet = False,
+    ) -> None:
+        options = {k: v for k, v in locals().items() if k in _OPTIONS}
+        run(to, None, source, destination, options)
+
+    return command
+
+
+_OPTIONS = frozenset(
+    {"spec_file", "dtype", "max_shard_size", "verify", "device", "workers", "overwrite", "resume", "dry_run", "sync",
+     "json", "quiet"}
+)  # fmt: skip
+
+
+def _only(family: str) -> Accept:
+    def accept(known: Registry, spec: Spec) -> None:
+        members = known.families[family]
+        if spec.family != family and not any(spec.name in member.aka for member in members):
+            raise Refused(
+                f"this checkpoint is {spec.name} ({spec.title}), not of the {family} family",
+                hint=f"use `llmconvert {spec.family}-to-llama`, or `llmconvert convert --to llama`, which detects it"
+                if spec.family != "llama"
+                else "it is in Llama's form already: `llmconvert convert SRC DST --to TARGET` takes it elsewhere",
+            )
+
+    return accept
+
+
+@app.command()
+def specs(
+    name: Annotated[str | None, typer.Argument(help="one architecture, in full")] = None,
+    spec_file: SpecFile = None,
+    json: Json = False,
+) -> None:
+    """List architectures, and which converts to which."""
+    from dataclasses import asdict
+
+    from llmconvert.cli import render
+    from llmconvert.converters.matrix import matrix
+
+    known = registry(spec_file)
+    reaches = matrix(known)
+    output = Output(json_mode=json)
+    if name is not None:
+        spec = known.get(name)
+        own = [r for r in reaches if r.source == name or r.target == name]
+        value = {"name": spec.name, "title": spec.title, "family": spec.family, "reach": [asdict(r) for r in own]}
+        output.result(value, render.spec_page(spec, str(known.files[name]), reaches))
+        return
+    value = {"specs": [{"name": s.name, "title": s.title, "family": s.family} for s in known.specs.values()]}
+    output.result({**value, "reach": [asdict(r) for r in reaches]}, render.matrix(reaches))
+
+
+@app.command()
+def inspect(
+    source: Source,
+    check: Annotated[bool, typer.Option("--check", help="re-verify every checksum of a directory llmconvert wrote")] = False,
+    spec_file: SpecFile = None,
+    json: Json = False,
+) -> None:
+    """Describe a checkpoint from its headers: architecture, sizes, dtypes, traits, where it can go."""
+    from llmconvert.cli import render
+    from llmconvert.converters.inspection import inspect as describe
+
+    output = Output(json_mode=json)
+    if check:
+        from llmconvert.engine.manifest import check as check_manifest
+
+        tensors, total = check_manifest(Path(source))
+        output.result(
+            {"path": source, "intact": True, "tensors": tensors, "bytes": total},
+            f"intact: {tensors} tensors, {render.size(total)}, as written",
+        )
+        return
+    found = describe(source, spec_file=spec_file)
+    output.result(found, render.inspection(found))
+
+
+@app.command("verify")
+def verify_command(
+    left: Annotated[str, typer.Argument(metavar="A", help="a checkpoint directory")],
+    right: Annotated[str, typer.Argument(metavar="B", help="another")],
+    device: Device = "auto",
+    compute_dtype: Annotated[str, typer.Option(help="float32, float64 or bfloat16")] = "float32",
+    rtol: Annotated[float, typer.Option(help="largest difference allowed, relative to the largest logit")] = 1e-4,
+    json: Json = False,
+) -> None:
+    """Run two checkpoints and compare their logits."""
+    from llmconvert.errors import ProofFailed
+    from llmconvert.verify.logits import compare_logits
+
+    result = compare_logits(Path(left), Path(right), dtype=compute_dtype, device=device, rtol=rtol)
+    lines = [("same model: " if result.verdict else "NOT the same model: ") + result.reason]
+    lines += [f"  {key:<18}{value:.3g}" if isinstance(value, float) else f"  {key:<18}{value}"
+              for key, value in result.to_dict().items() if key not in ("verdict", "reason")]  # fmt: skip
+    Output(json_mode=json).result(result.to_dict(), "\n".join(lines))
+    if not result.verdict:
+        raise ProofFailed(f"the logits differ: {result.reason}")
+
+
+@app.command("new-spec")
+def new_spec(
+    source: Source,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write; stdout if absent")] = None,
+) -> None:
+    """Draft a spec for an architecture nobody has described yet, and check it against the checkpoint."""
+    from llmconvert.spec.draft import draft
+
+    found = draft(source)
+    if output is None:
+        print(found.text, end="")
+    else:
+        if output.exists():
+            raise Usage("the file exists", where=str(output), hint="name another")
+        output.write_text(found.text, encoding="utf-8")
+    for line in found.remarks:
+        print(line, file=sys.stderr)
+
+
+def _register(known: Registry) -> None:
+    app.command("convert", help="Convert a checkpoint to another architecture; the source's is detected.")(_conversion(None, None))
+    for family, members in known.families.items():
+        titles = "; ".join(spec.title for spec in members)
+        if family == "llama":
+            continue
+        if any(spec.source or spec.aka for spec in members):
+            app.command(f"{family}-to-llama", help=f"{titles} → Llama.")(_conversion("llama", _only(family)))
+        if any(spec.target and spec.default_target for spec in members):
+            app.command(f"llama-to-{family}", help=f"Llama → {titles}.")(_conversion(family, _only("llama")))
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"llmconvert {llmconvert.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    json_mode, debug = "--json" in arguments, "--debug" in arguments
+    if debug:
+        arguments = [a for a in arguments if a != "--debug"]
+    try:
+        _register(registry())
+        code = typer.main.get_command(app).main(arguments, prog_name="llmconvert", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except LlmconvertError as error:
+        if debug:
+            raise
+        show_error(error, json_mode=json_mode)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        message = getattr(error, "format_message", None)
+        if debug or message is None:
+            _bug(error, debug, json_mode)
+        usage = Usage(message().rstrip("."), hint="`llmconvert COMMAND --help` lists the options")
+        show_error(usage, json_mode=json_mode)
+        sys.exit(usage.exit_code)
+
+
+def _bug(error: Exception, debug: bool, json_mode: bool) -> None:
+    if debug:
+        raise error
+    fault = LlmconvertError(
+        f"llmconvert failed unexpectedly: {type(error).__name__}: {error}", hint="repeat with `--debug` and report the traceback"
+    )
+    show_error(fault, json_mode=json_mode)
+    sys.exit(fault.exit_code)

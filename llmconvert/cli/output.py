@@ -1,0 +1,95 @@
+"""Where words go: results on stdout, everything else on stderr, one JSON object on stdout under --json."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from typing import Any
+
+from llmconvert.errors import LlmconvertError
+
+
+class Output:
+    """The sink of one command.
+
+    Args:
+        json_mode: print one JSON object on stdout and nothing human there.
+        quiet: print nothing but errors.
+    """
+
+    def __init__(self, *, json_mode: bool = False, quiet: bool = False) -> None:
+        """See the class."""
+        self.json_mode, self.quiet = json_mode, quiet
+
+    def result(self, value: dict[str, Any] | list[Any], human: Any = None) -> None:
+        """Show a command's result: `value` as JSON, or `human` (a string or a Rich renderable)."""
+        if self.json_mode:
+            print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+        elif not self.quiet and human is not None:
+            if isinstance(human, str):
+                print(human)
+                return
+            from rich.console import Console
+
+            Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(human)
+
+    def progress(self) -> Progress:
+        """A progress display, silent where nobody would see it."""
+        return Progress(enabled=not self.json_mode and not self.quiet)
+
+
+class Progress:
+    """Bytes, rate and time left: a bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, *, enabled: bool) -> None:
+        """See `Output.progress`."""
+        self._enabled = enabled
+        self._bar: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._said = time.monotonic()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Progress:
+        """Start the display."""
+        if self._enabled and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description:>7}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Take the display down."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes of a stage are done."""
+        if not self._enabled:
+            return
+        with self._lock:
+            if self._bar is not None:
+                if stage not in self._tasks:
+                    self._tasks[stage] = self._bar.add_task(stage, total=total)
+                self._bar.update(self._tasks[stage], completed=done)
+            elif time.monotonic() - self._said > 10:
+                self._said = time.monotonic()
+                print(f"{stage}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+
+def show_error(error: LlmconvertError, *, json_mode: bool) -> None:
+    """Print an error: what, where, and what to do next."""
+    if json_mode:
+        kind = type(error).__name__
+        body = {"kind": kind, "exit_code": error.exit_code, "what": error.what, "where": error.where, "hint": error.hint}
+        print(json.dumps({"error": body}, ensure_ascii=False))
+    print(f"error: {error.what}", file=sys.stderr)
+    if error.where:
+        print(f"  in {error.where}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)

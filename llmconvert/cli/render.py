@@ -1,0 +1,114 @@
+"""Reports as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmconvert.converters.huggingface import Report
+
+
+def size(count: int) -> str:
+    """Bytes as people write them."""
+    value = float(count)
+    for unit in ("B", "KB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def report(found: Report, *, dry_run: bool) -> str:
+    """What a conversion did, or would do."""
+    arrow = f"{found.source_architecture} → {found.target_architecture}"
+    if found.published:
+        lines = [f"converted {arrow}: {found.destination}"]
+    else:
+        lines = [f"plan for {arrow}: {found.source} → {found.destination}" + (" (nothing written)" if dry_run else "")]
+    dtypes = ", ".join(f"{count} {name}" for name, count in found.dtype.items())
+    lines.append(f"  tensors   {found.tensors_read} read, {found.tensors_written} written ({dtypes}), {size(found.bytes_written)}")
+    for step in found.steps:
+        lines += [f"  rewrite   {step['name']} [{step['exactness']}]", f"            because {step['why']}"]
+    if not found.steps:
+        lines.append("  rewrite   none: bytes move, names change [bit-exact]")
+    for why in dict.fromkeys(found.dropped.values()):
+        names = [name for name, reason in found.dropped.items() if reason == why]
+        lines.append(f"  dropped   {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {why}")
+    lines += [f"  left      {name}: {why}" for name, why in found.not_carried.items()]
+    lines += [f"  note      {note}" for note in found.notes]
+    ledger = found.ledger
+    lines.append(
+        f"  ledger    every row of {ledger['consumed']} tensors used, {len(found.dropped)} dropped by rule, "
+        f"{ledger['filled']} filled with a constant; every output byte written once"
+    )
+    trip = found.roundtrip
+    if trip is not None:
+        parts = [f"{trip['bitwise']} tensors come back bit for bit"]
+        if trip["rounded"]:
+            parts.append(f"{trip['rounded']} to rounding (at most {trip['largest_error']:.1e} of their scale)")
+        if trip["one_way"]:
+            parts.append(f"{trip['one_way']} cannot come back and were recomputed")
+        lines.append("  proof     " + ", ".join(parts))
+    elif found.published:
+        lines.append("  proof     none (--verify none)")
+    else:
+        lines.append(f"  disk      {size(found.disk_needed)} needed")
+    return "\n".join(lines)
+
+
+def inspection(found: dict[str, Any]) -> str:
+    """What a checkpoint is."""
+    lines = [f"{found['path']}"]
+    lines.append(f"  architecture  {found['architecture'] or 'unknown'}" + (f" ({found['title']})" if "title" in found else ""))
+    lines.append(f"  parameters    {found['parameters']:,} in {found['tensors']} tensors, {size(found['bytes'])}")
+    lines.append("  dtypes        " + ", ".join(f"{count} {name}" for name, count in found["dtypes"].items()))
+    lines.append(f"  files         {len(found['files'])}: " + ", ".join(f["name"] for f in found["files"][:4]) + (", …" if len(found["files"]) > 4 else ""))
+    if "config" in found:
+        lines.append("  config        " + ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in found["config"].items()))
+        lines.append("  traits        " + (", ".join(found["traits"]) or "none: plain Llama"))
+    if found.get("made_from"):
+        lines.append(f"  made from     {found['made_from']}, by llmconvert")
+    if "targets" in found:
+        yes = [name for name, verdict in found["targets"].items() if verdict == "yes"]
+        lines.append("  converts to   " + (", ".join(yes) or "nothing"))
+        lines += [f"  not to        {name}: {why}" for name, why in found["targets"].items() if name == "llama" and why != "yes"]
+    lines += [f"  note          {note}" for note in found["notes"]]
+    if "problem" in found:
+        lines.append(f"  problem       {found['problem']}")
+    if found.get("hint"):
+        lines.append(f"  hint          {found['hint']}")
+    return "\n".join(lines)
+
+
+def matrix(reaches: list[Any]) -> Any:
+    """The table of sources and targets."""
+    from rich.table import Table
+
+    marks = {"exact": "exact", "rounded": "≈", "one-way": "exact¹", "no": "–"}
+    targets = list(dict.fromkeys(r.target for r in reaches))
+    table = Table(title="source ↓  target →", show_lines=False, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("")
+    for target in targets:
+        table.add_column(target)
+    for source in dict.fromkeys(r.source for r in reaches):
+        cells = {r.target: marks[r.verdict] + ("*" if r.unless and r.verdict != "no" else "") for r in reaches if r.source == source}
+        table.add_row(source, *(cells[target] for target in targets))
+    table.caption = (
+        "exact: bits only move.  ≈: exact to float rounding.  ¹: cannot be undone.  –: refused.\n"
+        "*: refused for checkpoints with certain traits; `llmconvert specs NAME` says which, and why."
+    )
+    return table
+
+
+def spec_page(spec: Any, file: str, reaches: list[Any]) -> str:
+    """One spec and where it goes."""
+    lines = [f"{spec.name}: {spec.title}", f"  claims        model_type {', '.join(spec.model_types)}; {', '.join(spec.architectures)}", f"  file          {file}"]
+    for r in reaches:
+        if r.source != spec.name or r.target == spec.name:
+            continue
+        text = {"exact": "exact", "rounded": "exact to rounding", "one-way": "exact, cannot be undone", "no": f"no: {r.why}"}[r.verdict]
+        lines.append(f"  to {r.target:<11}{text}")
+        lines += [f"                 · {step}" for step in r.steps]
+        if r.unless and r.verdict != "no":
+            lines.append(f"                 refused for checkpoints with: {', '.join(r.unless)}")
+    return "\n".join(lines)

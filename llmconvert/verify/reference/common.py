@@ -1,0 +1,86 @@
+"""The parts the reference models share: RMSNorm, rotary embedding, causal attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich, 2019), computed in at least float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        """A norm over the last axis, of length `size`."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as `x`."""
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def angles(position_ids: Tensor, dims: int, theta: float) -> Tensor:
+    """Rotary angles p · theta^(-2j/dims) (Su et al., RoFormer, 2021), in float64: [batch, tokens, dims / 2]."""
+    frequencies = theta ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=position_ids.device) / dims)
+    return position_ids.double()[..., None] * frequencies
+
+
+def rotate_halves(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotate pairs (j, j + d/2) of the last axis; x is [batch, heads, tokens, d]."""
+    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_neighbours(x: Tensor, angle: Tensor) -> Tensor:
+    """Rotate pairs (2j, 2j + 1) of the last axis; x is [batch, heads, tokens, d]."""
+    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """Causal softmax attention, scale 1/sqrt(d).
+
+    Args:
+        q: [batch, heads, tokens, d].
+        k: [batch, kv_heads, tokens, d]; `v` alike. Key/value heads are shared by consecutive query heads.
+        v: see `k`.
+        attention_mask: [batch, tokens], 0 at padding; or None.
+        bias: added to the scores, broadcast to [batch, heads, tokens, tokens]; or None.
+
+    Returns:
+        [batch, tokens, heads · d].
+    """
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if bias is not None:
+        scores = scores + bias
+    tokens = q.shape[2]
+    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).tril()[None, None]
+    if attention_mask is not None:
+        visible = visible & attention_mask.bool()[:, None, None, :]
+    scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    mixed = scores.softmax(-1, dtype=wide).to(q.dtype) @ v
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[batch, tokens, heads · d] → [batch, heads, tokens, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def positions(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    """Position ids as given, else counted from the first token that is not padding."""
+    if position_ids is not None:
+        return position_ids
+    if attention_mask is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device)[None].expand_as(input_ids)
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
