@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llmconvert.canonical.lowerings import ADD, EXACT, ONE_WAY, REMOVE, ROUNDED
 from llmconvert.canonical.model import TRAITS
-from llmconvert.spec.language import ByArchitecture, Field, Fixed, SquareRoot, Spec
+from llmconvert.spec.language import ByArchitecture, Field, Fixed, SoftmaxScale, Spec, SquareRoot
 from llmconvert.spec.registry import Registry
 from llmconvert.spec.rope import Rope
 
@@ -31,6 +31,10 @@ class Reach:
     why: str = ""
 
 
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
+"""Where there is a key for them, published checkpoints use them."""
+
+
 def certain_traits(spec: Spec) -> frozenset[str]:
     """Traits every checkpoint of an architecture has, because its code fixes them."""
     names = {
@@ -41,7 +45,9 @@ def certain_traits(spec: Spec) -> frozenset[str]:
     for field in spec.fields:
         if isinstance(field, Fixed) and field.value is True:
             certain |= {names[a] for a in field.attributes if a in names}
-        elif isinstance(field, SquareRoot):
+        elif isinstance(field, SquareRoot | SoftmaxScale):
+            certain |= set(field.attributes)
+        elif isinstance(field, Field) and field.attribute in _MULTIPLIERS:
             certain.add(field.attribute)
         elif isinstance(field, Rope) and field.partial != 1.0:
             certain.add("partial_rotary")

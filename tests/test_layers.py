@@ -64,7 +64,7 @@ def imports(name: str, *, top_level: bool = False) -> Iterator[str]:
             parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join([*parts, *([node.module] if node.module else [])])
             for alias in node.names:
-                # `from llmconvert import convert` reaches a lower layer's function through the lazy public names.
+                # `from llmconvert import convert` reaches another layer through the lazy public names.
                 public = llmconvert._PUBLIC.get(alias.name) if base == "llmconvert" else None
                 yield public[0] if public else f"{base}.{alias.name}"
         deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
@@ -74,7 +74,7 @@ def imports(name: str, *, top_level: bool = False) -> Iterator[str]:
 
 
 def layer(name: str) -> str | None:
-    """`checkpoint` for `llmconvert.checkpoint.safetensors`; None for the package itself and for other packages."""
+    """`checkpoint` for `llmconvert.checkpoint.safetensors`; None for `llmconvert` and other packages."""
     parts = name.split(".")
     return parts[1] if parts[0] == "llmconvert" and len(parts) > 1 and parts[1] in LAYERS else None
 

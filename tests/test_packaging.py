@@ -48,7 +48,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(code: str, *paths: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run `code` with `paths` first and the checkout out of sight: isolated mode drops the folder and PYTHONPATH."""
+    """Run `code` with `paths` first on the path and the checkout out of sight, installed as editable or not."""
     hide = f"sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]"
     full = f"import sys; {hide}; sys.path[:0] = {[str(path) for path in paths]!r}\n{code}"
     return subprocess.run(

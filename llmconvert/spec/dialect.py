@@ -83,13 +83,14 @@ def read_config(spec: Spec, config: Mapping[str, Any], names: Iterable[str] | No
     values: dict[str, Any] = {}
     for f in spec.fields:
         try:
-            values |= f.read(config, values)
+            found = f.read(config, values)
         except (TypeError, AttributeError) as error:
             raise BadInput(f"`{', '.join(f.keys)}` has a senseless value: {error}", where="config.json") from None
-    for attribute in _INTEGERS & set(values):
-        value = values[attribute]
-        if type(value) is not int or value <= 0:
-            raise BadInput(f"`{attribute}` is {value!r}, which is not a positive whole number", where="config.json")
+        for attribute in _INTEGERS & set(found):
+            value = found[attribute]
+            if type(value) is not int or value <= 0:
+                raise BadInput(f"`{attribute}` is {value!r}, which is not a positive whole number", where="config.json")
+        values |= found
     if values["num_attention_heads"] % values["num_key_value_heads"]:
         raise BadInput("num_attention_heads is not a multiple of num_key_value_heads", where="config.json")
     if names is not None:

@@ -42,7 +42,7 @@ def check_unread(config: Mapping[str, Any], read: set[str], spec: str) -> None:
     odd = [
         f"`{key}` = {config[key]!r}"
         for key, neutral in MATHS.items()
-        if key in config and key not in read and not _neutral(key, config[key], neutral)
+        if key in config and key not in read and not _neutral(key, config, neutral)
     ]
     if odd:
         raise Refused(
@@ -52,7 +52,10 @@ def check_unread(config: Mapping[str, Any], read: set[str], spec: str) -> None:
         )
 
 
-def _neutral(key: str, value: Any, neutral: tuple[Any, ...]) -> bool:
+def _neutral(key: str, config: Mapping[str, Any], neutral: tuple[Any, ...]) -> bool:
+    value = config[key]
+    if key == "sliding_window" and config.get("use_sliding_window") is False:
+        return True
     if key == "layer_types" and isinstance(value, list):
         return all(kind == "full_attention" for kind in value)
     return any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral)
