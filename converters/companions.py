@@ -12,7 +12,20 @@ from llmconvert.checkpoint.directory import Checkpoint, read_json
 from llmconvert.engine.journal import PRIVATE
 from llmconvert.engine.manifest import MANIFEST
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ot", ".distcp", ".ckpt", ".npz")
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".msgpack",
+    ".h5",
+    ".onnx",
+    ".ot",
+    ".distcp",
+    ".ckpt",
+    ".npz",
+)
 _TOKENIZER_FOLDERS = ("additional_chat_templates",)
 
 

@@ -102,7 +102,9 @@ def target_for(known: Registry, name: str, checkpoint: Checkpoint) -> Spec:
     if family:
         origin = ((manifest.read(checkpoint.path) or {}).get("source") or {}).get("spec")
         members = [s for s in family if s.target]
-        spec = next((s for s in members if s.name == origin), None) or next((s for s in members if s.default_target), spec)
+        spec = next((s for s in members if s.name == origin), None) or next(
+            (s for s in members if s.default_target), spec
+        )
     spec = spec or known.get(name)
     if not spec.target:
         raise Refused(f"{spec.name} is read but not written: {spec.not_target}")
@@ -193,9 +195,7 @@ def plan_conversion(
     )  # fmt: skip
     ledger = account(plan, checkpoint.tensors, lifted.dropped | _checked_away(model, tensors))
     all_notes = lifted.notes + notes + extra.notes + _dtype_notes(checkpoint, tensors, code)
-    return Conversion(
-        checkpoint, spec, lifted, target, model, steps, code, plan, ledger, all_notes, extra.left
-    )
+    return Conversion(checkpoint, spec, lifted, target, model, steps, code, plan, ledger, all_notes, extra.left)
 
 
 def _lower(
@@ -271,7 +271,9 @@ def _texts(
         if same:
             written = {**original, **({k: TO_NAME[dtype] for k in ("torch_dtype", "dtype") if k in original})}
             notes.append("config.json is the original one, as recorded when this checkpoint was converted")
-            code = sorted({str(v).split("--")[-1].split(".")[0] + ".py" for v in (original.get("auto_map") or {}).values()})
+            code = sorted(
+                {str(v).split("--")[-1].split(".")[0] + ".py" for v in (original.get("auto_map") or {}).values()}
+            )
             absent = [name for name in code if not (checkpoint.path / name).is_file()]
             if absent:
                 notes.append(f"its `auto_map` needs {', '.join(absent)}: copy them from the original repository")
@@ -287,7 +289,10 @@ def _dtype_notes(checkpoint: Checkpoint, tensors: Mapping[str, Expression], dtyp
     if isinstance(named, str) and FROM_NAME.get(named) not in stored:
         notes.append(f"config.json says {named}, the tensors are {TO_NAME.get(main, main)}: the tensors are believed")
     if dtype is not None:
-        narrowed = sum(ITEMSIZE[t.dtype] > ITEMSIZE[dtype] or (t.dtype == "BF16" and dtype == "F16") for t in checkpoint.tensors.values())
+        narrowed = sum(
+            ITEMSIZE[t.dtype] > ITEMSIZE[dtype] or (t.dtype == "BF16" and dtype == "F16")
+            for t in checkpoint.tensors.values()
+        )
         if narrowed:
             notes.append(f"{narrowed} tensors are rounded to {TO_NAME[dtype]}")
     return tuple(notes)
@@ -419,7 +424,13 @@ def convert(
     if Path(source).exists() and not dry_run:
         check_destination(Path(source), target_dir, overwrite=overwrite)
     conversion = plan_conversion(
-        source, to, source_name=source_name, spec_file=spec_file, dtype=dtype, max_shard_size=max_shard_size, accept=accept
+        source,
+        to,
+        source_name=source_name,
+        spec_file=spec_file,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        accept=accept,
     )
     faults = failing(conversion.plan.checks)
     if faults:
@@ -454,7 +465,9 @@ def _run(
             amount = sum(pair.source.nbytes for pair in pairs)
             found = compare(pairs, workers, _stage(progress, "verify", amount))
             _check_written(checksums, plan)
-        (space.path / manifest.MANIFEST).write_bytes(manifest.build(plan, checksums, found.source_digests if found else {}))
+        (space.path / manifest.MANIFEST).write_bytes(
+            manifest.build(plan, checksums, found.source_digests if found else {})
+        )
         if verify == "logits":
             _prove_logits(conversion, space.path, device)
         space.finish()

@@ -95,7 +95,9 @@ def reach(source: Spec, target: Spec) -> Reach:
     steps += [ADD[t] for t in ADD if t in target.always and t not in kept | certain]
     worst = max((s.exactness for s in steps), key=[EXACT, ROUNDED, ONE_WAY].index, default=EXACT)
     verdict = {EXACT: "exact", ROUNDED: "rounded", ONE_WAY: "one-way"}[worst]
-    return Reach(source.name, target.name, verdict, tuple(s.name for s in steps), tuple(_blocked(possible - certain, target)))
+    return Reach(
+        source.name, target.name, verdict, tuple(s.name for s in steps), tuple(_blocked(possible - certain, target))
+    )
 
 
 def matrix(known: Registry) -> list[Reach]:

@@ -23,12 +23,12 @@ if not (_HERE / "specs").is_dir() and (_HERE.parent / "pyproject.toml").is_file(
 if TYPE_CHECKING:
     from llmconvert.checkpoint import open_checkpoint
     from llmconvert.converters.huggingface import convert
-    from llmconvert.engine.inspection import inspect
+    from llmconvert.converters.inspection import inspect
     from llmconvert.verify.logits import compare_logits as verify
 
 _PUBLIC = {
     "convert": ("llmconvert.converters.huggingface", "convert"),
-    "inspect": ("llmconvert.engine.inspection", "inspect"),
+    "inspect": ("llmconvert.converters.inspection", "inspect"),
     "open_checkpoint": ("llmconvert.checkpoint", "open_checkpoint"),
     "verify": ("llmconvert.verify.logits", "compare_logits"),
 }

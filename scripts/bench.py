@@ -9,6 +9,7 @@
 
 What is compared takes turns within each repeat, so that a slow minute of the machine hits all alike; a ratio
 is the median over repeats of (this / `cp` in the same repeat). The source is in the page cache where it fits.
+`convert` has the disk confirm its output unless told otherwise (`--convert-args=--no-sync`); bare `cp` does not.
 """
 
 from __future__ import annotations
@@ -194,9 +195,7 @@ def random_bf16(size: int, random: np.random.Generator) -> Iterator[bytes]:
         yield ((bits & 0x81FF) | 0x3C00).tobytes()
 
 
-def write_checkpoint(
-    directory: Path, tensors: Tensors, config: dict[str, Any], count: int, *, sparse: bool
-) -> int:
+def write_checkpoint(directory: Path, tensors: Tensors, config: dict[str, Any], count: int, *, sparse: bool) -> int:
     """Write config, index and shards, the data only unless `sparse`. Returns the bytes of data."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=2))
@@ -230,9 +229,7 @@ def make(layout: Layout, gigabytes: float, directory: Path) -> int:
     around = 2 * nbytes("BF16", (VOCABULARY, HIDDEN))
     count = max(1, round((gigabytes * 1e9 - around) / per_layer))
     config = COMMON_CONFIG | layout.config | {"num_hidden_layers": count}
-    return write_checkpoint(
-        directory, _layers(count, layout.layer), config, max(2, round(gigabytes)), sparse=False
-    )
+    return write_checkpoint(directory, _layers(count, layout.layer), config, max(2, round(gigabytes)), sparse=False)
 
 
 # -- measuring ----------------------------------------------------------------------------------
@@ -305,9 +302,7 @@ class Row:
         return statistics.median(mine.seconds / theirs.seconds for mine, theirs in pairs)
 
 
-def interleave(
-    contenders: dict[str, Callable[[Path], list[str]]], scratch: Path, repeats: int
-) -> dict[str, Row]:
+def interleave(contenders: dict[str, Callable[[Path], list[str]]], scratch: Path, repeats: int) -> dict[str, Row]:
     """Run all contenders in turn, `repeats` times, after one `cp` that warms the cache and is not counted."""
     rows = {name: Row() for name in contenders}
     for repeat in range(-1, repeats):
@@ -328,9 +323,7 @@ def table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
     for row in [headings, *rows]:
-        cells = [
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ]
+        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
         print("  " + "  ".join(cells).rstrip(), flush=True)
 
 
@@ -356,9 +349,10 @@ def conversions(options: argparse.Namespace, scratch: Path) -> None:
             for contender, row in rows.items():
                 speed = f"{total / row.seconds / 1e9:.2f} GB/s"
                 ratio = f"{row.ratio(rows['cp -r']):.2f}"
-                cells.append((contender, f"{row.seconds:.2f} s", speed, ratio, megabytes(row.peak)))
+                synced = f"{row.ratio(rows['cp -r, then sync']):.2f}"
+                cells.append((contender, f"{row.seconds:.2f} s", speed, ratio, synced, megabytes(row.peak)))
                 peaks.setdefault(f"{name}, {contender}", []).append((total / 1e9, row.peak))
-            table(("", "median", "speed", "× cp", "peak RSS"), cells)
+            table(("", "median", "speed", "× cp", "× cp+sync", "peak RSS"), cells)
             shutil.rmtree(source)
     if len(options.sizes) > 1:
         print("\npeak RSS by size")
@@ -374,9 +368,7 @@ def conversions(options: argparse.Namespace, scratch: Path) -> None:
         table(("", *([""] * len(options.sizes)), "last / first"), cells)
 
 
-def _contenders(
-    source: Path, layout: Layout, options: argparse.Namespace
-) -> dict[str, Callable[[Path], list[str]]]:
+def _contenders(source: Path, layout: Layout, options: argparse.Namespace) -> dict[str, Callable[[Path], list[str]]]:
     def tool(verify: str) -> Callable[[Path], list[str]]:
         fixed = ["--to", "llama", "--verify", verify, "--workers", str(options.workers), "--quiet"]
         return lambda out: [*TOOL, "convert", str(source), str(out), *fixed, *options.convert_args.split()]
@@ -506,9 +498,7 @@ def plan_v3(options: argparse.Namespace, scratch: Path) -> None:
     source, tensors = scratch / "deepseek-v3", deepseek_v3()
     total = write_checkpoint(source, tensors, V3_CONFIG, 163, sparse=True)
     files = len(list(source.glob("*.safetensors")))
-    print(
-        f"\nDeepSeek-V3: {len(tensors):,} tensors, {files} shards, {total / 1e9:.0f} GB (sparse)", flush=True
-    )
+    print(f"\nDeepSeek-V3: {len(tensors):,} tensors, {files} shards, {total / 1e9:.0f} GB (sparse)", flush=True)
     refused = [*TOOL, "convert", str(source), str(scratch / "out"), "--to", "llama", "--dry-run"]
     commands = {"inspect": ([*TOOL, "inspect", str(source)], 0), "convert --to llama --dry-run": (refused, 3)}
     repeated(commands, options.repeats)
@@ -527,7 +517,7 @@ def startup(options: argparse.Namespace, scratch: Path) -> None:
 
 
 def repeated(commands: dict[str, tuple[list[str], int]], repeats: int) -> None:
-    """Run each command `repeats` times, in turn, and print medians; the last line of output shows what it said."""
+    """Run each command `repeats` times, in turn, and print medians."""
     rows = {name: Row() for name in commands}
     for _ in range(repeats):
         for name, (command, expected) in commands.items():
@@ -538,27 +528,17 @@ def repeated(commands: dict[str, tuple[list[str], int]], repeats: int) -> None:
 
 def main() -> None:
     """Parse, measure in a scratch folder, clean up."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument(
-        "--plan-v3", action="store_true", help="headers of DeepSeek-V3: inspect, and a refused dry run"
-    )
+    mode.add_argument("--plan-v3", action="store_true", help="headers of DeepSeek-V3: inspect, and a refused dry run")
     mode.add_argument("--startup", action="store_true", help="--help, specs, a usage error")
-    parser.add_argument(
-        "--sizes", type=float, nargs="+", default=[1.0], metavar="GB", help="default: 1; try 3 6"
-    )
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1.0], metavar="GB", help="default: 1; try 3 6")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument(
-        "--convert-args", default="", metavar="ARGS", help="more arguments for convert, as one string"
-    )
+    parser.add_argument("--convert-args", default="", metavar="ARGS", help="more, for convert")
     parser.add_argument("--peers", action="store_true", help="transformers, where it knows the layout")
-    parser.add_argument(
-        "--dir", type=Path, help="where to make the scratch folder; default: the temporary folder"
-    )
+    parser.add_argument("--dir", type=Path, help="where to make the scratch folder; default: the temporary folder")
     options = parser.parse_args()
     run = plan_v3 if options.plan_v3 else startup if options.startup else conversions
     with tempfile.TemporaryDirectory(prefix="llmconvert-bench-", dir=options.dir) as scratch:

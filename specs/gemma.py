@@ -3,7 +3,7 @@
 Source: transformers GemmaConfig and GemmaForCausalLM. `gelu` in its config files means the tanh approximation.
 """
 
-from llmconvert.spec.language import Field, Fixed, SquareRoot, Spec
+from llmconvert.spec.language import Field, Fixed, Spec, SquareRoot
 
 SPEC = Spec(
     name="gemma",

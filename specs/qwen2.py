@@ -18,7 +18,15 @@ SPEC = Spec(
         Window(switch="use_sliding_window", from_layer="max_window_layers", default=4096),
     ),
     holds=frozenset(
-        {"qkv_bias", "tied_embeddings", "grouped_query", "rope_scaling", "padded_rotary", "explicit_head_dim", "activation"}
+        {
+            "qkv_bias",
+            "tied_embeddings",
+            "grouped_query",
+            "rope_scaling",
+            "padded_rotary",
+            "explicit_head_dim",
+            "activation",
+        }
     ),
     always=frozenset({"qkv_bias"}),
 )

@@ -138,7 +138,11 @@ def build_remote(arch: str, seed: int = 0, **overrides: Any) -> tuple[nn.Module,
 def write_weights(state: dict[str, torch.Tensor], directory: Path, shards: int = 3, fmt: str = "safetensors") -> None:
     """Save a state dict in so many shards, dealt round-robin so that fused groups cross them, with an index."""
     names = sorted(state)
-    suffix, index = ("safetensors", "model.safetensors.index.json") if fmt == "safetensors" else ("bin", "pytorch_model.bin.index.json")
+    suffix, index = (
+        ("safetensors", "model.safetensors.index.json")
+        if fmt == "safetensors"
+        else ("bin", "pytorch_model.bin.index.json")
+    )
     stem = "model" if fmt == "safetensors" else "pytorch_model"
     weight_map = {}
     for k in range(shards):

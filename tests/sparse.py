@@ -11,7 +11,12 @@ from llmconvert.checkpoint.safetensors import layout
 
 
 def make_sparse(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], directory: Path, *, dtype: str = "BF16", shards: int = 3
+    config: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    directory: Path,
+    *,
+    dtype: str = "BF16",
+    shards: int = 3,
 ) -> Path:
     """Write config.json, an index and header-only safetensors files; tensors are dealt round-robin over the shards."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _snapshot(directory: Path) -> dict[str, str]:
-    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in directory.rglob("*")
+        if p.is_file()
+    }
 
 
 def _shard(directory: Path, number: int = 1) -> Path:
@@ -465,5 +469,3 @@ def test_messages_on_the_command_line(tmp_path: Path) -> None:
 def test_every_error_has_its_documented_code() -> None:
     codes = {cls.__name__: cls.exit_code for cls in LlmconvertError.__subclasses__()}
     assert codes == {"Usage": 2, "Refused": 3, "BadInput": 4, "ProofFailed": 5, "InputOutput": 6, "Interrupted": 130}
-
-

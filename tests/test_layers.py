@@ -90,9 +90,7 @@ def test_a_layer_imports_only_what_lies_below_it(name: str) -> None:
 def test_nothing_imports_the_command_line() -> None:
     allowed = {"llmconvert.__main__"}
     wrong = {
-        name
-        for name in MODULES
-        if layer(name) != "cli" and any(layer(target) == "cli" for target in imports(name))
+        name for name in MODULES if layer(name) != "cli" and any(layer(target) == "cli" for target in imports(name))
     }
     assert wrong <= allowed
 
@@ -103,9 +101,7 @@ def test_every_layer_has_its_rule() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODULES if layer(name) in THIRD_PARTY])
 def test_the_lowest_layers_and_specs_need_little(name: str) -> None:
-    packages = (
-        {target.split(".")[0] for target in imports(name)} - set(sys.stdlib_module_names) - {"llmconvert"}
-    )
+    packages = {target.split(".")[0] for target in imports(name)} - set(sys.stdlib_module_names) - {"llmconvert"}
     assert packages <= THIRD_PARTY[layer(name)]
 
 
@@ -114,9 +110,7 @@ def test_importing_a_module_imports_nothing_heavy(name: str) -> None:
     if layer(name) == "verify":
         pytest.skip("a proof may need models; the command line imports it late")
     wrong = {target for target in imports(name, top_level=True) if target.split(".")[0] in HEAVY}
-    assert not wrong, (
-        f"{name} imports {sorted(wrong)} when it is imported: do it inside the function that needs it"
-    )
+    assert not wrong, f"{name} imports {sorted(wrong)} when it is imported: do it inside the function that needs it"
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("llmconvert.specs.")])
@@ -133,9 +127,7 @@ def test_a_spec_is_data(name: str) -> None:
         ast.comprehension,
     )
     tree = ast.parse(MODULES[name].read_text(encoding="utf-8"))
-    found = [
-        f"{type(node).__name__} in line {node.lineno}" for node in ast.walk(tree) if isinstance(node, code)
-    ]
+    found = [f"{type(node).__name__} in line {node.lineno}" for node in ast.walk(tree) if isinstance(node, code)]
     assert not found, f"{name}: {found}"
     assert ast.get_docstring(tree), f"{name} does not say what it describes, nor its source"
 

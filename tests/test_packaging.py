@@ -48,12 +48,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python(code: str, *paths: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run `code` with `paths` first on the path and the checkout out of sight, installed as editable or not."""
+    """Run `code` with `paths` first and the checkout out of sight, installed as editable or not."""
     hide = f"sys.path[:] = [p for p in sys.path if p != {str(ROOT)!r}]"
     full = f"import sys; {hide}; sys.path[:0] = {[str(path) for path in paths]!r}\n{code}"
-    return subprocess.run(
-        [sys.executable, "-I", "-c", full], cwd=cwd, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-I", "-c", full], cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def test_only_llmconvert_lands_in_site_packages(wheel: Path) -> None:
@@ -115,9 +113,7 @@ for module in (llmconvert, llmconvert.converters, llmconvert.specs):
 
 
 def test_the_path_is_extended_only_in_a_checkout(tmp_path: Path) -> None:
-    shutil.copytree(
-        ROOT / "llmconvert", tmp_path / "llmconvert", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "llmconvert", tmp_path / "llmconvert", ignore=shutil.ignore_patterns("__pycache__"))
     ran = python("import llmconvert; print(len(llmconvert.__path__))", tmp_path, cwd=tmp_path)
     assert ran.stdout.strip() == "1", ran.stderr
 

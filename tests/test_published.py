@@ -14,7 +14,9 @@ from sparse import make_sparse
 from llmconvert.converters.huggingface import plan_conversion
 from llmconvert.errors import LlmconvertError, Refused
 
-PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published" / "checkpoints.json").read_text())
+PUBLISHED: dict[str, dict[str, Any]] = json.loads(
+    (Path(__file__).parent / "published" / "checkpoints.json").read_text()
+)
 
 CONVERTS = {
     "chatglm2-6b": 6_243_584_000, "devstral-small": 23_572_403_200, "gemma": 2_506_172_416 + 256_000 * 2048,

@@ -100,7 +100,9 @@ def test_drafted_spec_converts_an_unknown_architecture(tmp_path: Path) -> None:
 
     source = checkpoints.make("yi", tmp_path / "src")
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "model_type": "novel", "architectures": ["NovelForCausalLM"]}))
+    (source / "config.json").write_text(
+        json.dumps({**config, "model_type": "novel", "architectures": ["NovelForCausalLM"]})
+    )
     with pytest.raises(Refused, match="new-spec|not known"):
         convert(source, tmp_path / "dst", to="llama")
     run = [sys.executable, "-m", "llmconvert"]

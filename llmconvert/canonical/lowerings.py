@@ -41,7 +41,9 @@ class Step:
     lossy: tuple[str, ...] = ()
 
 
-def _edit(model: CanonicalModel, modules: Collection[str], rewrite: Rewrite, params: tuple[str, ...] = ("weight", "bias")) -> dict[str, Expression]:
+def _edit(
+    model: CanonicalModel, modules: Collection[str], rewrite: Rewrite, params: tuple[str, ...] = ("weight", "bias")
+) -> dict[str, Expression]:
     tensors = dict(model.tensors)
     for module in modules:
         for i in range(model.config.num_hidden_layers if "{i}" in module else 1):
@@ -131,7 +133,9 @@ def _widen(model: CanonicalModel) -> CanonicalModel:
     pattern = [*range(d), *([-1] * d)]
     tensors = _edit(model, (canonical.Q,), _rounded(lambda e: scale(e, math.sqrt(2.0))))
     wider = replace(model, tensors=tensors)
-    wider = replace(wider, tensors=_edit(wider, (canonical.Q, canonical.K, canonical.V), lambda e: gather(e, pattern, d)))
+    wider = replace(
+        wider, tensors=_edit(wider, (canonical.Q, canonical.K, canonical.V), lambda e: gather(e, pattern, d))
+    )
     tensors = _edit(wider, (canonical.O,), lambda e: gather(e, pattern, d, axis=1), ("weight",))
     return replace(model, config=replace(model.config, head_dim=2 * d), tensors=tensors)
 
@@ -215,11 +219,19 @@ _FOLD_UNIT_OFFSET = Step(
         config=replace(m.config, unit_offset_norm=False),
         tensors=_edit(m, _NORMS, _rounded(lambda e: shift(e, 1.0)), ("weight",)),
     ),
-    lambda m, before: replace(m, config=before, tensors=_edit(m, _NORMS, _rounded(lambda e: shift(e, -1.0)), ("weight",))),
+    lambda m, before: replace(
+        m, config=before, tensors=_edit(m, _NORMS, _rounded(lambda e: shift(e, -1.0)), ("weight",))
+    ),
 )
 
 
-def _scaling(name: str, why: str, modules: tuple[str, ...], factor: Callable[[CanonicalConfig], float], neutral: dict[str, float | None]) -> Step:
+def _scaling(
+    name: str,
+    why: str,
+    modules: tuple[str, ...],
+    factor: Callable[[CanonicalConfig], float],
+    neutral: dict[str, float | None],
+) -> Step:
     def by(model: CanonicalModel, value: float) -> dict[str, Expression]:
         return _edit(model, modules, _rounded(lambda e: scale(e, value)))
 
@@ -321,7 +333,9 @@ def _add_norms(model: CanonicalModel) -> CanonicalModel:
     down = 2.0**-_NORM_EXPONENT
     dtype = model.tensors[canonical.Q.replace("{i}", "0") + ".weight"].dtype
     if dtype == "F16":
-        raise Refused("q and k shrunk by 2^-32 underflow in float16", hint="add `--dtype bfloat16` or `--dtype float32`")
+        raise Refused(
+            "q and k shrunk by 2^-32 underflow in float16", hint="add `--dtype bfloat16` or `--dtype float32`"
+        )
     tensors = _edit(model, (canonical.Q, canonical.K), _rounded(lambda e: scale(e, down)))
     config = replace(model.config, qk_norm=True)
     weights = _norm_weights(config.rms_norm_eps * 4.0**_NORM_EXPONENT, dtype)
@@ -335,7 +349,9 @@ def _drop_norms(model: CanonicalModel, before: CanonicalConfig) -> CanonicalMode
     kept = canonical.shapes(before)
     slim = replace(model, tensors={name: e for name, e in model.tensors.items() if name in kept})
     up = 2.0**_NORM_EXPONENT
-    return replace(slim, config=before, tensors=_edit(slim, (canonical.Q, canonical.K), _rounded(lambda e: scale(e, up))))
+    return replace(
+        slim, config=before, tensors=_edit(slim, (canonical.Q, canonical.K), _rounded(lambda e: scale(e, up)))
+    )
 
 
 _ADD_QK_NORM = Step(
@@ -388,7 +404,8 @@ def lower(
     Args:
         model: the model.
         target: the target's name, for messages.
-        holds: traits the target can have; `always` those it always has.
+        holds: traits the target can have.
+        always: traits it always has.
         coupled: groups of traits the target has together or not at all.
         holders: names the targets that can hold a trait, for messages.
 

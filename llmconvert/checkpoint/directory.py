@@ -81,7 +81,9 @@ def _shard_path(directory: Path, name: Any, index: str) -> Path:
     # The hub cache keeps snapshots/REVISION/* as links into blobs/ of the same repository.
     allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
     if not any(real.is_relative_to(folder) for folder in allowed):
-        raise BadInput(f"`{name}` is a symlink that leaves the checkpoint ({real})", where=where, hint="copy the file in")
+        raise BadInput(
+            f"`{name}` is a symlink that leaves the checkpoint ({real})", where=where, hint="copy the file in"
+        )
     return path
 
 
@@ -106,12 +108,18 @@ def _open_sharded(directory: Path, index: str) -> tuple[dict[str, StoredTensor],
             tensors[name] = tensor
     twice = sorted(name for name, files in owners.items() if len(files) > 1)
     if twice:
-        raise BadInput(f"{len(twice)} tensors are in two shards, {listing(twice)}: which is right cannot be told", where=where)
+        raise BadInput(
+            f"{len(twice)} tensors are in two shards, {listing(twice)}: which is right cannot be told", where=where
+        )
     absent = sorted(name for name, file in weight_map.items() if file not in owners.get(name, ()))
     if absent:
-        raise BadInput(f"the index names {len(absent)} tensors their shard does not hold: {listing(absent)}", where=where)
+        raise BadInput(
+            f"the index names {len(absent)} tensors their shard does not hold: {listing(absent)}", where=where
+        )
     unlisted = sorted(set(tensors) - set(weight_map))
-    notes = (f"{len(unlisted)} tensors are in the shards but not in the index: {listing(unlisted)}",) if unlisted else ()
+    notes = (
+        (f"{len(unlisted)} tensors are in the shards but not in the index: {listing(unlisted)}",) if unlisted else ()
+    )
     return tensors, notes
 
 
@@ -138,7 +146,9 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 
         directory = download(str(source))
     if not directory.is_dir():
-        raise Usage("a checkpoint is a directory, this is a file", where=str(source), hint="name the directory around it")
+        raise Usage(
+            "a checkpoint is a directory, this is a file", where=str(source), hint="name the directory around it"
+        )
     try:
         names = set(os.listdir(directory))
     except OSError as error:

@@ -9,7 +9,18 @@ from llmconvert.errors import InputOutput, Usage
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
-_PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model", "*.tiktoken", "*.py", "*.md", "*.jinja", "LICENSE*"]
+_PATTERNS = [
+    "*.json",
+    "*.safetensors",
+    "*.bin",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+    "*.md",
+    "*.jinja",
+    "LICENSE*",
+]
 
 
 def download(identifier: str) -> Path:
@@ -22,7 +33,9 @@ def download(identifier: str) -> Path:
         InputOutput: the hub cannot be reached, or has no such repository or revision.
     """
     if not _HUB_ID.fullmatch(identifier):
-        raise Usage("no such directory", where=identifier, hint="give a directory or a hub id such as `Qwen/Qwen2.5-7B`")
+        raise Usage(
+            "no such directory", where=identifier, hint="give a directory or a hub id such as `Qwen/Qwen2.5-7B`"
+        )
     from huggingface_hub import HfApi, snapshot_download
 
     name, _, revision = identifier.partition("@")

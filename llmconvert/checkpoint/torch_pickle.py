@@ -120,7 +120,9 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
             for name, info in records.items():
                 if name.startswith(root + "data/"):
                     if info.compress_type != zipfile.ZIP_STORED:
-                        raise Refused(f"record `{name}` is compressed", where=where, hint="save it again with torch.save")
+                        raise Refused(
+                            f"record `{name}` is compressed", where=where, hint="save it again with torch.save"
+                        )
                     key = name[len(root) + 5 :]
                     offsets[key], sizes[key] = _data_offset(archive, info), info.file_size
     except _Forbidden as error:
@@ -137,8 +139,19 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
                 where=where,
                 hint="load it with torch.load(..., weights_only=True) and save it again with torch.save",
             ) from None
-        raise BadInput("the file is truncated or not written by torch.save", where=where, hint="download it again") from None
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, IndexError, KeyError, struct.error) as error:
+        raise BadInput(
+            "the file is truncated or not written by torch.save", where=where, hint="download it again"
+        ) from None
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+        struct.error,
+    ) as error:
         raise BadInput(f"the pickle cannot be read: {error}", where=where, hint="download the file again") from None
     if not isinstance(state, Mapping):
         raise BadInput("the file does not hold a state dict (a mapping of names to tensors)", where=where)
@@ -149,9 +162,17 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
             raise BadInput(f"entry `{name}` is not a tensor: not a plain state dict", where=where)
         storage, item = value.storage, ITEMSIZE[value.storage.dtype]
         if not _contiguous(value.shape, value.stride):
-            raise Refused(f"tensor `{name}` is stored non-contiguously", where=where, hint="save it after .contiguous()")
+            raise Refused(
+                f"tensor `{name}` is stored non-contiguously", where=where, hint="save it after .contiguous()"
+            )
         begin, count = value.offset * item, math.prod(value.shape) * item
-        if storage.key not in offsets or begin + count > sizes[storage.key] or offsets[storage.key] + begin + count > size:
-            raise BadInput(f"the bytes of tensor `{name}` are missing or cut short", where=where, hint="download it again")
+        if (
+            storage.key not in offsets
+            or begin + count > sizes[storage.key]
+            or offsets[storage.key] + begin + count > size
+        ):
+            raise BadInput(
+                f"the bytes of tensor `{name}` are missing or cut short", where=where, hint="download it again"
+            )
         tensors[name] = StoredTensor(name, path, offsets[storage.key] + begin, storage.dtype, value.shape)
     return tensors

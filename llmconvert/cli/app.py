@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -25,8 +25,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Source = Annotated[str, typer.Argument(metavar="SRC", help="checkpoint directory, or a hub id such as Qwen/Qwen2.5-7B[@revision]")]
-Destination = Annotated[Path, typer.Argument(metavar="DST", help="directory to make; it appears only when whole and proved")]
+Source = Annotated[
+    str, typer.Argument(metavar="SRC", help="checkpoint directory, or a hub id such as Qwen/Qwen2.5-7B[@revision]")
+]
+Destination = Annotated[
+    Path, typer.Argument(metavar="DST", help="directory to make; it appears only when whole and proved")
+]
 SpecFile = Annotated[Path | None, typer.Option("--spec", metavar="FILE.py", help="a spec from outside the package")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; each tensor's own if absent")]
 ShardSize = Annotated[str, typer.Option(help="largest weight file, such as 5GB or 500MB")]
@@ -43,8 +47,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="nothing but errors")
 Accept = Callable[[Registry, "Spec"], None]
 
 
-def _conversion(to: str | None, accept: Accept | None) -> Callable[..., None]:
-    """A converting command: to a fixed target, from sources that `accept` lets through; or, with None, to `--to`."""
+def _conversion(to: str | None, accept: Accept) -> Callable[..., None]:
+    """A converting command: to a fixed target, from sources that `accept` lets through; or, with `to` None, to `--to`."""
 
     def run(to: str, source_name: str | None, source: str, destination: Path, options: dict[str, Any]) -> None:
         from llmconvert.cli import render
@@ -52,8 +56,9 @@ def _conversion(to: str | None, accept: Accept | None) -> Callable[..., None]:
 
         output = Output(json_mode=options.pop("json"), quiet=options.pop("quiet"))
         with output.progress() as progress:
-            extra = {"accept": accept} if accept else {}
-            found = convert(source, destination, to=to, source_name=source_name, progress=progress, **extra, **options)
+            found = convert(
+                source, destination, to=to, source_name=source_name, accept=accept, progress=progress, **options
+            )
         output.result(found.to_dict(), render.report(found, dry_run=options["dry_run"]))
 
     if to is None:
@@ -62,7 +67,9 @@ def _conversion(to: str | None, accept: Accept | None) -> Callable[..., None]:
             source: Source,
             destination: Destination,
             to: Annotated[str, typer.Option(help="target architecture or family, such as llama (see `specs`)")],
-            source_name: Annotated[str | None, typer.Option("--from", help="source architecture; detected if absent")] = None,
+            source_name: Annotated[
+                str | None, typer.Option("--from", help="source architecture; detected if absent")
+            ] = None,
             spec_file: SpecFile = None,
             dtype: Dtype = None,
             max_shard_size: ShardSize = "5GB",
@@ -151,7 +158,9 @@ def specs(
 @app.command()
 def inspect(
     source: Source,
-    check: Annotated[bool, typer.Option("--check", help="re-verify every checksum of a directory llmconvert wrote")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="re-verify every checksum of a directory llmconvert wrote")
+    ] = False,
     spec_file: SpecFile = None,
     json: Json = False,
 ) -> None:
@@ -215,7 +224,9 @@ def new_spec(
 
 
 def _register(known: Registry) -> None:
-    app.command("convert", help="Convert a checkpoint to another architecture; the source's is detected.")(_conversion(None, None))
+    app.command("convert", help="Convert a checkpoint to another architecture; the source's is detected.")(
+        _conversion(None, lambda known, spec: None)
+    )
     for family, members in known.families.items():
         titles = "; ".join(spec.title for spec in members)
         if family == "llama":
@@ -234,7 +245,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="show the version")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show tracebacks")] = False,
 ) -> None:
     pass
@@ -270,11 +283,12 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(usage.exit_code)
 
 
-def _bug(error: Exception, debug: bool, json_mode: bool) -> None:
+def _bug(error: Exception, debug: bool, json_mode: bool) -> NoReturn:
     if debug:
         raise error
     fault = LlmconvertError(
-        f"llmconvert failed unexpectedly: {type(error).__name__}: {error}", hint="repeat with `--debug` and report the traceback"
+        f"llmconvert failed unexpectedly: {type(error).__name__}: {error}",
+        hint="repeat with `--debug` and report the traceback",
     )
     show_error(fault, json_mode=json_mode)
     sys.exit(fault.exit_code)

@@ -58,7 +58,13 @@ class Progress:
             from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description:>7}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description:>7}"),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Bar(*columns, console=Console(stderr=True))
             self._bar.start()
         return self
@@ -86,7 +92,13 @@ def show_error(error: LlmconvertError, *, json_mode: bool) -> None:
     """Print an error: what, where, and what to do next."""
     if json_mode:
         kind = type(error).__name__
-        body = {"kind": kind, "exit_code": error.exit_code, "what": error.what, "where": error.where, "hint": error.hint}
+        body = {
+            "kind": kind,
+            "exit_code": error.exit_code,
+            "what": error.what,
+            "where": error.where,
+            "hint": error.hint,
+        }
         print(json.dumps({"error": body}, ensure_ascii=False))
     print(f"error: {error.what}", file=sys.stderr)
     if error.where:

@@ -26,7 +26,9 @@ def report(found: Report, *, dry_run: bool) -> str:
     else:
         lines = [f"plan for {arrow}: {found.source} → {found.destination}" + (" (nothing written)" if dry_run else "")]
     dtypes = ", ".join(f"{count} {name}" for name, count in found.dtype.items())
-    lines.append(f"  tensors   {found.tensors_read} read, {found.tensors_written} written ({dtypes}), {size(found.bytes_written)}")
+    lines.append(
+        f"  tensors   {found.tensors_read} read, {found.tensors_written} written ({dtypes}), {size(found.bytes_written)}"
+    )
     for step in found.steps:
         lines += [f"  rewrite   {step['name']} [{step['exactness']}]", f"            because {step['why']}"]
     if not found.steps:
@@ -59,19 +61,35 @@ def report(found: Report, *, dry_run: bool) -> str:
 def inspection(found: dict[str, Any]) -> str:
     """What a checkpoint is."""
     lines = [f"{found['path']}"]
-    lines.append(f"  architecture  {found['architecture'] or 'unknown'}" + (f" ({found['title']})" if "title" in found else ""))
+    lines.append(
+        f"  architecture  {found['architecture'] or 'unknown'}" + (f" ({found['title']})" if "title" in found else "")
+    )
     lines.append(f"  parameters    {found['parameters']:,} in {found['tensors']} tensors, {size(found['bytes'])}")
     lines.append("  dtypes        " + ", ".join(f"{count} {name}" for name, count in found["dtypes"].items()))
-    lines.append(f"  files         {len(found['files'])}: " + ", ".join(f["name"] for f in found["files"][:4]) + (", …" if len(found["files"]) > 4 else ""))
+    lines.append(
+        f"  files         {len(found['files'])}: "
+        + ", ".join(f["name"] for f in found["files"][:4])
+        + (", …" if len(found["files"]) > 4 else "")
+    )
     if "config" in found:
-        lines.append("  config        " + ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in found["config"].items()))
+        lines.append(
+            "  config        "
+            + ", ".join(
+                f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in found["config"].items()
+            )
+        )
         lines.append("  traits        " + (", ".join(found["traits"]) or "none: plain Llama"))
     if found.get("made_from"):
         lines.append(f"  made from     {found['made_from']}, by llmconvert")
     if "targets" in found:
         yes = [name for name, verdict in found["targets"].items() if verdict == "yes"]
         lines.append("  converts to   " + (", ".join(yes) or "nothing"))
-        lines += [f"  not to        {name}: {why}" for name, why in found["targets"].items() if name == "llama" and why != "yes"]
+        lines += [
+            f"  not to        {name}: {why}"
+            for name, why in found["targets"].items()
+            if name == "llama" and why != "yes"
+        ]
     lines += [f"  note          {note}" for note in found["notes"]]
     if "problem" in found:
         lines.append(f"  problem       {found['problem']}")
@@ -91,7 +109,11 @@ def matrix(reaches: list[Any]) -> Any:
     for target in targets:
         table.add_column(target)
     for source in dict.fromkeys(r.source for r in reaches):
-        cells = {r.target: marks[r.verdict] + ("*" if r.unless and r.verdict != "no" else "") for r in reaches if r.source == source}
+        cells = {
+            r.target: marks[r.verdict] + ("*" if r.unless and r.verdict != "no" else "")
+            for r in reaches
+            if r.source == source
+        }
         table.add_row(source, *(cells[target] for target in targets))
     table.caption = (
         "exact: bits only move.  ≈: exact to float rounding.  ¹: cannot be undone.  –: refused.\n"
@@ -102,11 +124,20 @@ def matrix(reaches: list[Any]) -> Any:
 
 def spec_page(spec: Any, file: str, reaches: list[Any]) -> str:
     """One spec and where it goes."""
-    lines = [f"{spec.name}: {spec.title}", f"  claims        model_type {', '.join(spec.model_types)}; {', '.join(spec.architectures)}", f"  file          {file}"]
+    lines = [
+        f"{spec.name}: {spec.title}",
+        f"  claims        model_type {', '.join(spec.model_types)}; {', '.join(spec.architectures)}",
+        f"  file          {file}",
+    ]
     for r in reaches:
         if r.source != spec.name or r.target == spec.name:
             continue
-        text = {"exact": "exact", "rounded": "exact to rounding", "one-way": "exact, cannot be undone", "no": f"no: {r.why}"}[r.verdict]
+        text = {
+            "exact": "exact",
+            "rounded": "exact to rounding",
+            "one-way": "exact, cannot be undone",
+            "no": f"no: {r.why}",
+        }[r.verdict]
         lines.append(f"  to {r.target:<11}{text}")
         lines += [f"                 · {step}" for step in r.steps]
         if r.unless and r.verdict != "no":

@@ -10,13 +10,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from llmconvert.engine.journal import Workspace
 from llmconvert.engine.plan import Plan, Region
 from llmconvert.errors import InputOutput, LlmconvertError
-from llmconvert.tensors.evaluate import MOVE_BYTES, Reader, blocks, pieces
+from llmconvert.tensors.evaluate import MOVE_BYTES, Reader, as_bytes, blocks, pieces
 from llmconvert.tensors.expressions import Stored, computes
 
 Progress = Callable[[int], None]
@@ -31,7 +30,9 @@ class Interrupted(LlmconvertError):
 def disk_full(error: OSError, where: Path) -> InputOutput:
     """The message for a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return InputOutput("the disk is full", where=str(where), hint="free some space, then repeat the command with `--resume`")
+        return InputOutput(
+            "the disk is full", where=str(where), hint="free some space, then repeat the command with `--resume`"
+        )
     return InputOutput(f"cannot write: {error.strerror}", where=str(error.filename or where))
 
 
@@ -139,13 +140,15 @@ class Executor:
                 position = self._move(expression, start, stop, descriptor, position, hasher)
                 continue
             for block in blocks(expression, start, stop, self._reader):
-                view = memoryview(np.ascontiguousarray(block).reshape(-1)).cast("B")
+                view = as_bytes(block)
                 position = self._write(descriptor, view, position, hasher)
         checksum = hasher.hexdigest()
         self.workspace.record(region.key, checksum)
         return checksum
 
-    def _move(self, source: Stored, start: int, stop: int, descriptor: int, position: int, hasher: xxhash.xxh3_128) -> int:
+    def _move(
+        self, source: Stored, start: int, stop: int, descriptor: int, position: int, hasher: xxhash.xxh3_128
+    ) -> int:
         buffer = memoryview(self._buffer())
         begin, end = start * source.row_bytes, stop * source.row_bytes
         for offset in range(begin, end, MOVE_BYTES):

@@ -24,7 +24,10 @@ def source_digests(plan: Plan, digests: Mapping[str, str]) -> dict[str, dict[str
 
     files = {tensor.path for output in plan.tensors for tensor in sources(output.expression)}
     return {
-        path.name: {"size": path.stat().st_size, **({"tensors_xxh3_128": digests[path.name]} if path.name in digests else {})}
+        path.name: {
+            "size": path.stat().st_size,
+            **({"tensors_xxh3_128": digests[path.name]} if path.name in digests else {}),
+        }
         for path in sorted(files)
     }
 

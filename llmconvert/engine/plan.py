@@ -118,7 +118,9 @@ def parse_size(text: str) -> int:
     return max(1, int(float(match[1]) * _UNITS[match[2]]))
 
 
-def lay_out(tensors: Mapping[str, Expression], max_shard_size: int) -> tuple[tuple[OutputTensor, ...], tuple[WeightFile, ...]]:
+def lay_out(
+    tensors: Mapping[str, Expression], max_shard_size: int
+) -> tuple[tuple[OutputTensor, ...], tuple[WeightFile, ...]]:
     """Distribute tensors over safetensors files, in order, each at most `max_shard_size` bytes of data.
 
     A tensor larger than that gets a file of its own.

@@ -205,7 +205,9 @@ def _unexplained(
         if groups:
             shown = groups[:12] + ([f"and {len(groups) - 12} more kinds"] if len(groups) > 12 else [])
             lines.append(f"{len(entries)} {title}: " + "; ".join(shown))
-    what = f"the tensors are not those of a {spec.name} model with {config.num_hidden_layers} layers: " + " | ".join(lines)
+    what = f"the tensors are not those of a {spec.name} model with {config.num_hidden_layers} layers: " + " | ".join(
+        lines
+    )
     hint = "the download may be incomplete, or config.json may belong to another checkpoint"
     if missing and any(name.startswith(("lm_head", "output")) for name, _ in missing) and len(missing) == 1:
         hint = "if the head is tied to the embedding, set `tie_word_embeddings` to true in a copy of config.json"

@@ -18,16 +18,32 @@ _SIZES: dict[str, tuple[str, ...]] = {
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim", "hidden_dim", "model_dim"),
     "num_hidden_layers": ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_transformer_layers"),
     "num_attention_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
-    "num_key_value_heads": ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "multi_query_group_num", "num_query_groups"),
+    "num_key_value_heads": (
+        "num_key_value_heads",
+        "n_kv_heads",
+        "num_kv_heads",
+        "multi_query_group_num",
+        "num_query_groups",
+    ),
     "intermediate_size": ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim", "inner_hidden_size"),
     "vocab_size": ("vocab_size", "padded_vocab_size", "n_vocab"),
     "rms_norm_eps": ("rms_norm_eps", "layernorm_epsilon", "layer_norm_epsilon", "norm_eps", "layer_norm_eps"),
-    "max_position_embeddings": ("max_position_embeddings", "seq_length", "n_positions", "max_sequence_length", "max_seq_len"),
+    "max_position_embeddings": (
+        "max_position_embeddings",
+        "seq_length",
+        "n_positions",
+        "max_sequence_length",
+        "max_seq_len",
+    ),
 }
 _HEAD_DIM = ("head_dim", "kv_channels", "attention_head_dim")
 _THETA = ("rope_theta", "rotary_emb_base", "rope_base", "rotary_base")
 
-_CONSTANTS = {value: name for name, value in vars(canonical).items() if isinstance(value, str) and name.isupper() and name != "LAYER"}
+_CONSTANTS = {
+    value: name
+    for name, value in vars(canonical).items()
+    if isinstance(value, str) and name.isupper() and name != "LAYER"
+}
 
 
 @dataclass(frozen=True)
@@ -74,7 +90,7 @@ def _guess(template: str, shape: tuple[int, ...], s: dict[str, int]) -> tuple[tu
         return (canonical.POST_NORM if after else canonical.INPUT_NORM,), ""
     attention = any(word in name for word in ("attn", "attention")) and "mlp" not in name
     if shape == (q + 2 * kv, h) and (attention or any(w in leaf for w in ("qkv", "query_key", "pack"))):
-        doubt = "packed [q|k|v]: if the groups are interleaved by key/value head, add pack=\"grouped\""
+        doubt = 'packed [q|k|v]: if the groups are interleaved by key/value head, add pack="grouped"'
         return (canonical.Q, canonical.K, canonical.V), doubt
     if attention and shape in ((q, h), (kv, h)) and leaf[:1] in "qkv" and leaf not in ("qkv",):
         return ({"q": canonical.Q, "k": canonical.K, "v": canonical.V}[leaf[0]],), ""
@@ -146,7 +162,11 @@ def draft(source: str) -> Draft:
         if template.endswith("inv_freq"):
             drops.append(f'        Drop("{template}", "recomputed from the config"),')
             continue
-        if template.endswith(".bias") and template.removesuffix(".bias") in stored and template[:-4] + "weight" in _names(checkpoint):
+        if (
+            template.endswith(".bias")
+            and template.removesuffix(".bias") in stored
+            and template[:-4] + "weight" in _names(checkpoint)
+        ):
             continue
         modules, doubt = _guess(template, shape, sizes)
         if not modules or not template.endswith("weight") or any(taken[m] for m in modules):
@@ -158,7 +178,9 @@ def draft(source: str) -> Draft:
             continue
         used.update(_CONSTANTS[m] for m in modules)
         comment = f"  # {doubt}" if doubt else ""
-        rows.append(f'        row("{template.removesuffix("weight")}{{p}}", {", ".join(_CONSTANTS[m] for m in modules)}),{comment}')
+        rows.append(
+            f'        row("{template.removesuffix("weight")}{{p}}", {", ".join(_CONSTANTS[m] for m in modules)}),{comment}'
+        )
     text = _render(checkpoint, config_lines, rows, drops, undecided, used, taken)
     doubts = len(undecided) + sum("  # " in line for line in rows)
     return Draft(text, _check(checkpoint, text, doubts), doubts)
@@ -175,9 +197,15 @@ def _render(
     model_type = str(checkpoint.config.get("model_type") or "unnamed")
     name = re.sub(r"\W", "_", model_type).lower()
     architectures = checkpoint.config.get("architectures") or ["UnnamedForCausalLM"]
-    biased = [t for t in ("self_attn", "attn", "attention") if any(f"{t}." in n and n.endswith(".bias") for n in checkpoint.tensors)]
+    biased = [
+        t
+        for t in ("self_attn", "attn", "attention")
+        if any(f"{t}." in n and n.endswith(".bias") for n in checkpoint.tensors)
+    ]
     if biased:
-        config.append('        Fixed("qkv_bias", True),  # biases were found in the attention; say here which projections have them')
+        config.append(
+            '        Fixed("qkv_bias", True),  # biases were found in the attention; say here which projections have them'
+        )
         config.append('        Fixed("o_bias mlp_bias", False),')
     words = ["Spec"] + (["row"] if rows else []) + (["Drop"] if drops else [])
     words += [word for word in ("Field", "Fixed", "HeadDim") if any(f"{word}(" in line for line in config)]

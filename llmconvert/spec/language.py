@@ -71,8 +71,8 @@ class Field:
             return dict.fromkeys(self.attributes, value)
         value = dict(self.values).get(value, value) if isinstance(value, str) else value
         if self.times != 1.0:
-            value = value * self.times
-            value = int(value) if float(value).is_integer() else value
+            value = float(value) * self.times
+            value = int(value) if value.is_integer() else value
         return dict.fromkeys(self.attributes, value)
 
     def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:

@@ -148,7 +148,8 @@ def _shipped() -> tuple[tuple[Spec | Refusal, Path], ...]:
     for module in modules:
         file = Path(module.__file__ or module.__name__)
         specs, refusals = _members(module, file)
-        found += [(item, file) for item in (*specs, *refusals)]
+        found += [(spec, file) for spec in specs]
+        found += [(refusal, file) for refusal in refusals]
     return tuple(found)
 
 

@@ -49,7 +49,11 @@ class Rope:
     def keys(self) -> tuple[str, ...]:
         """Config keys this field reads."""
         own = ("rope_parameters", "rope_scaling", "original_max_position_embeddings")
-        return (*own, *((self.theta_key,) if self.fixed is None else ()), *((self.partial_key,) if self.partial_key else ()))
+        return (
+            *own,
+            *((self.theta_key,) if self.fixed is None else ()),
+            *((self.partial_key,) if self.partial_key else ()),
+        )
 
     def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
         """Values of the canonical attributes; `done` holds head_dim and max_position_embeddings.
@@ -99,7 +103,9 @@ class Rope:
             return self.fixed
         inside, outside = parameters.get("rope_theta"), config.get(self.theta_key)
         if inside is not None and outside is not None and inside != outside:
-            raise BadInput(f"`rope_parameters` says rope_theta {inside}, `{self.theta_key}` says {outside}", where="config.json")
+            raise BadInput(
+                f"`rope_parameters` says rope_theta {inside}, `{self.theta_key}` says {outside}", where="config.json"
+            )
         value = inside if inside is not None else outside
         if value is None:
             if self.default is None:

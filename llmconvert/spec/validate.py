@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from llmconvert.canonical.model import HEAD, MODULES, TRAITS, CanonicalConfig, K, Q, V
 from llmconvert.canonical.lowerings import ADD
+from llmconvert.canonical.model import HEAD, MODULES, TRAITS, CanonicalConfig, K, Q, V
 from llmconvert.errors import BadInput
 from llmconvert.spec.expand import all_rows
 from llmconvert.spec.language import Refusal, Row, Spec

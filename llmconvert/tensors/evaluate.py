@@ -71,7 +71,9 @@ class Reader:
         while done < len(buffer):
             count = os.preadv(descriptor, [buffer[done:]], position + done)
             if count == 0:
-                raise BadInput(f"the file ended inside tensor `{tensor.name}`: it changed while being read", where=str(tensor.path))
+                raise BadInput(
+                    f"the file ended inside tensor `{tensor.name}`: it changed while being read", where=str(tensor.path)
+                )
             done += count
 
     def close(self) -> None:
@@ -86,6 +88,11 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def as_bytes(block: Block) -> memoryview:
+    """The block's bytes, row-major."""
+    return np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
 
 
 def to_torch(block: Block, dtype: str) -> torch.Tensor:
@@ -190,7 +197,7 @@ def evaluate(expression: Expression, start: int, stop: int, reader: Reader) -> B
     match expression:
         case Stored(tensor=tensor):
             out: Block = np.empty((stop - start, *expression.shape[1:]), dtype=carrier(expression.dtype))
-            reader.read_into(tensor, memoryview(out.reshape(-1)).cast("B"), start * expression.row_bytes)
+            reader.read_into(tensor, as_bytes(out), start * expression.row_bytes)
             return out
         case Rows(operand=operand, start=first):
             return evaluate(operand, first + start, first + stop, reader)
@@ -207,7 +214,9 @@ def evaluate(expression: Expression, start: int, stop: int, reader: Reader) -> B
                 return np.zeros(shape, dtype=carrier(expression.dtype))
             import torch
 
-            return _from_torch(torch.full(shape, value, dtype=getattr(torch, TO_NAME[expression.dtype])), expression.dtype)
+            return _from_torch(
+                torch.full(shape, value, dtype=getattr(torch, TO_NAME[expression.dtype])), expression.dtype
+            )
         case Scale(operand=operand) | Shift(operand=operand) | NormalizeRows(operand=operand) | Cast(operand=operand):
             return _arithmetic(expression, operand, evaluate(operand, start, stop, reader))
     raise TypeError(f"not an expression: {expression!r}")

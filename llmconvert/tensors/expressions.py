@@ -70,6 +70,7 @@ class _Unary(Expression):
 
     @property
     def operands(self) -> tuple[Expression, ...]:
+        """The parts."""
         return (self.operand,)
 
 
@@ -138,6 +139,7 @@ class Concat(Expression):
 
     @property
     def operands(self) -> tuple[Expression, ...]:
+        """The parts."""
         return self.parts
 
 
@@ -150,6 +152,7 @@ class Interleave(Expression):
 
     @property
     def operands(self) -> tuple[Expression, ...]:
+        """The parts."""
         return self.parts
 
 
@@ -221,7 +224,11 @@ def interleave(parts: Sequence[Expression], chunks: Sequence[int]) -> Expression
     """
     first = parts[0]
     rounds = {part.rows / chunk for part, chunk in zip(parts, chunks, strict=True)}
-    if len(rounds) != 1 or rounds.pop() % 1 or any(p.shape[1:] != first.shape[1:] or p.dtype != first.dtype for p in parts):
+    if (
+        len(rounds) != 1
+        or rounds.pop() % 1
+        or any(p.shape[1:] != first.shape[1:] or p.dtype != first.dtype for p in parts)
+    ):
         raise ValueError(f"cannot interleave {[(part.dtype, part.shape) for part in parts]} by {chunks}")
     return Interleave((sum(part.rows for part in parts), *first.shape[1:]), first.dtype, tuple(parts), tuple(chunks))
 

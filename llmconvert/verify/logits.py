@@ -96,7 +96,9 @@ def _greedy(model: torch.nn.Module, prompt: Tensor, device: str, common: int) ->
 
 
 @torch.no_grad()
-def _run(directory: Path, probes: list[_Probe], dtype: torch.dtype, device: str, common: int) -> tuple[list[Tensor], list[int]]:
+def _run(
+    directory: Path, probes: list[_Probe], dtype: torch.dtype, device: str, common: int
+) -> tuple[list[Tensor], list[int]]:
     model = load_model(directory, dtype, device)
     logits = [_forward(model, probe, device)[:, :common] for probe in probes]
     greedy = _greedy(model, probes[0].input_ids[-1:, -min(_LENGTHS) :], device, common)
@@ -114,7 +116,7 @@ def _limits(directory: Path) -> tuple[int, int]:
         vocab = config["padded_vocab_size"]
     keys = ("seq_length", "n_positions", "max_position_embeddings", "model_max_length", "max_sequence_length")
     longest = next((config[key] for key in keys if config.get(key)), 2048)
-    return int(vocab), int(longest)
+    return int(vocab or 0), int(longest)
 
 
 def compare_logits(
@@ -129,7 +131,8 @@ def compare_logits(
     """Run the same tokens through two checkpoints, one after the other, and compare.
 
     Args:
-        left, right: checkpoint directories of any architecture transformers or the reference models know.
+        left: a checkpoint directory of any architecture transformers or the reference models know.
+        right: another.
         dtype: float32, float64 or bfloat16.
         device: auto, cpu, cuda or cuda:N.
         rtol: the largest difference allowed, relative to the first model's largest logit.

@@ -29,7 +29,9 @@ def _state_dict(directory: Path) -> dict[str, torch.Tensor]:
         state: dict[str, torch.Tensor] = {}
         for name in names:
             path = directory / name
-            state |= load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, mmap=True)
+            state |= (
+                load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, mmap=True)
+            )
         return state
     raise BadInput("the directory holds no weights", where=str(directory))
 

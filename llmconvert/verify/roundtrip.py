@@ -13,7 +13,7 @@ import xxhash
 
 from llmconvert.checkpoint.dtypes import ITEMSIZE
 from llmconvert.errors import ProofFailed
-from llmconvert.tensors.evaluate import MOVE_BYTES, Block, Reader, evaluate, pieces, to_torch
+from llmconvert.tensors.evaluate import MOVE_BYTES, Block, Reader, as_bytes, evaluate, pieces, to_torch
 from llmconvert.tensors.expressions import Check, Expression, Stored, computes
 
 BITWISE, ROUNDED, ONE_WAY = "bitwise", "to rounding", "recomputed"
@@ -84,7 +84,7 @@ class _Comparison:
             left = evaluate(source, low, high, self.reader)
             right = self._read(returned, low, high)
             if hasher is not None:
-                hasher.update(memoryview(left.reshape(-1)).cast("B"))
+                hasher.update(as_bytes(left))
             if not np.array_equal(left, right):
                 worst = max(worst, self._difference(pair, left, right, low))
             self.progress(left.nbytes)

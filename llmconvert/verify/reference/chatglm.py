@@ -66,7 +66,9 @@ class ChatGLMForConditionalGeneration(nn.Module):
         frequencies = 1.0 / 10000 ** (torch.arange(0, rotated, 2).float() / rotated)
         self.transformer.rotary_pos_emb.register_buffer("inv_freq", frequencies)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Logits [batch, tokens, vocabulary] for ids [batch, tokens]."""
         parts = self.transformer
         hidden = decode(

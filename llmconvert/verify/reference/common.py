@@ -74,7 +74,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, bias:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[batch, tokens, heads · d] → [batch, heads, tokens, d]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def positions(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:

@@ -59,7 +59,9 @@ class InternLM2ForCausalLM(nn.Module):
         self.model.norm = RMSNorm(hidden, eps)
         self.output = nn.Linear(hidden, config["vocab_size"], bias=False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Logits [batch, tokens, vocabulary] for ids [batch, tokens]."""
         place = positions(input_ids, attention_mask, position_ids)
         hidden = decode(

@@ -52,7 +52,9 @@ class QWenLMHeadModel(nn.Module):
         eps, theta = config.get("layer_norm_epsilon", 1e-6), float(config.get("rotary_emb_base", 10000))
         intermediate = get("intermediate_size", "ffn_hidden_size") // 2
         vocab = get("vocab_size", "padded_vocab_size")
-        self.limit = get("seq_length", "n_positions") if config.get("use_dynamic_ntk") or config.get("use_logn_attn") else None
+        self.limit = (
+            get("seq_length", "n_positions") if config.get("use_dynamic_ntk") or config.get("use_logn_attn") else None
+        )
         self.transformer = nn.Module()
         self.transformer.wte = nn.Embedding(vocab, hidden)
         self.transformer.h = nn.ModuleList(
@@ -65,11 +67,15 @@ class QWenLMHeadModel(nn.Module):
         self.transformer.ln_f = RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, vocab, bias=False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Logits [batch, tokens, vocabulary] for ids [batch, tokens]."""
         place = positions(input_ids, attention_mask, position_ids)
         if self.limit is not None and int(place.max()) >= self.limit:
-            raise ValueError(f"positions beyond seq_length {self.limit} need dynamic NTK and logn scaling, which are not modelled")
+            raise ValueError(
+                f"positions beyond seq_length {self.limit} need dynamic NTK and logn scaling, which are not modelled"
+            )
         hidden = decode(
             self.transformer.wte(input_ids), place, attention_mask, self.transformer.h,
             lambda block: (block["ln_1"], block["attn"], block["ln_2"], block["mlp"]),

@@ -49,7 +49,9 @@ class YiForCausalLM(nn.Module):
         self.model.norm = RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, config["vocab_size"], bias=False)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
         """Logits [batch, tokens, vocabulary] for ids [batch, tokens]."""
         place = positions(input_ids, attention_mask, position_ids)
         hidden = decode(
