@@ -8,14 +8,26 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llmconvert.canonical.lowerings import check_representable
+from llmconvert.canonical.lowerings import lower
 from llmconvert.canonical.model import traits
 from llmconvert.checkpoint.directory import open_checkpoint
 from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.engine import manifest
 from llmconvert.errors import LlmconvertError
-from llmconvert.spec.dialect import lift, read_config
+from llmconvert.spec.dialect import Lifted, lift, read_config, write_config
+from llmconvert.spec.language import Spec
 from llmconvert.spec.registry import registry
+
+
+def _verdict(lifted: Lifted, target: Spec) -> str:
+    """`yes`, a condition on the data that headers cannot decide, or why not."""
+    try:
+        model, _ = lower(lifted.model, target.name, target.holds, target.always, target.coupled)
+        write_config(target, model.config, {}, "F32")
+    except LlmconvertError as error:
+        return error.what
+    open_checks = {check.why for check in model.checks} - {check.why for check in lifted.model.checks}
+    return "if: " + "; ".join(sorted(open_checks)) if open_checks else "yes"
 
 
 def inspect(source: str | os.PathLike[str], *, spec_file: Path | None = None) -> dict[str, Any]:
@@ -63,14 +75,11 @@ def inspect(source: str | os.PathLike[str], *, spec_file: Path | None = None) ->
         lifted = lift(spec, checkpoint, config)
         result["notes"] += lifted.notes
         result["dropped"] = lifted.dropped
-        result["targets"] = {}
-        for target in known.specs.values():
-            if target.target and target.name != spec.name:
-                try:
-                    check_representable(config, target.name, target.holds | target.always)
-                    result["targets"][target.name] = "yes"
-                except LlmconvertError as error:
-                    result["targets"][target.name] = error.what
+        result["targets"] = {
+            target.name: _verdict(lifted, target)
+            for target in known.specs.values()
+            if target.target and target.name != spec.name
+        }
     except LlmconvertError as error:
         result["problem"] = error.what
         result["hint"] = error.hint

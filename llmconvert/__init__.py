@@ -24,16 +24,17 @@ if TYPE_CHECKING:
     from llmconvert.checkpoint import open_checkpoint
     from llmconvert.converters.huggingface import convert
     from llmconvert.converters.inspection import inspect
-    from llmconvert.verify.logits import compare_logits as verify
+    from llmconvert.verify.logits import compare_logits
 
+# No name here may be that of a subpackage: importing `llmconvert.verify` would put the module in the function's place.
 _PUBLIC = {
+    "compare_logits": ("llmconvert.verify.logits", "compare_logits"),
     "convert": ("llmconvert.converters.huggingface", "convert"),
     "inspect": ("llmconvert.converters.inspection", "inspect"),
     "open_checkpoint": ("llmconvert.checkpoint", "open_checkpoint"),
-    "verify": ("llmconvert.verify.logits", "compare_logits"),
 }
 
-__all__ = ["__version__", "convert", "inspect", "open_checkpoint", "verify"]
+__all__ = ["__version__", "compare_logits", "convert", "inspect", "open_checkpoint"]
 
 
 def __getattr__(name: str) -> Any:

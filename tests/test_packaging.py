@@ -142,6 +142,18 @@ except AttributeError as error:
     assert ran.stdout.strip() == "module 'llmconvert' has no attribute 'nothing'"
 
 
+def test_public_names_stay_functions(tmp_path: Path) -> None:
+    """A subpackage of the same name would replace the function once something imports it."""
+    code = """
+import llmconvert
+for _ in range(2):
+    for name in set(llmconvert.__all__) - {"__version__"}:
+        assert type(getattr(llmconvert, name)).__name__ == "function", name
+"""
+    ran = python(code, ROOT, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr
+
+
 def test_the_command_line_starts_without_torch(tmp_path: Path) -> None:
     code = """
 import llmconvert.cli.app

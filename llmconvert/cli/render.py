@@ -83,13 +83,14 @@ def inspection(found: dict[str, Any]) -> str:
     if found.get("made_from"):
         lines.append(f"  made from     {found['made_from']}, by llmconvert")
     if "targets" in found:
-        yes = [name for name, verdict in found["targets"].items() if verdict == "yes"]
+        verdicts = found["targets"]
+        yes = [name for name, verdict in verdicts.items() if verdict == "yes"]
+        perhaps = [name for name, verdict in verdicts.items() if verdict.startswith("if: ")]
         lines.append("  converts to   " + (", ".join(yes) or "nothing"))
-        lines += [
-            f"  not to        {name}: {why}"
-            for name, why in found["targets"].items()
-            if name == "llama" and why != "yes"
-        ]
+        if perhaps:
+            lines.append(f"  if zero       {', '.join(perhaps)} (only if the biases they lack are zero)")
+        if verdicts.get("llama", "yes") != "yes":
+            lines.append(f"  not to llama  {verdicts['llama']}")
     lines += [f"  note          {note}" for note in found["notes"]]
     if "problem" in found:
         lines.append(f"  problem       {found['problem']}")
@@ -102,7 +103,7 @@ def matrix(reaches: list[Any]) -> Any:
     """The table of sources and targets."""
     from rich.table import Table
 
-    marks = {"exact": "exact", "rounded": "≈", "one-way": "exact¹", "no": "–"}
+    marks = {"exact": "=", "rounded": "≈", "one-way": "=¹", "no": "–"}
     targets = list(dict.fromkeys(r.target for r in reaches))
     table = Table(title="source ↓  target →", show_lines=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("")
@@ -116,7 +117,7 @@ def matrix(reaches: list[Any]) -> Any:
         }
         table.add_row(source, *(cells[target] for target in targets))
     table.caption = (
-        "exact: bits only move.  ≈: exact to float rounding.  ¹: cannot be undone.  –: refused.\n"
+        "=: bits only move.  ≈: exact to float rounding.  ¹: cannot be undone.  –: refused.\n"
         "*: refused for checkpoints with certain traits; `llmconvert specs NAME` says which, and why."
     )
     return table
