@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmconvert.canonical.lowerings import ADD, EXACT, ONE_WAY, REMOVE, ROUNDED
+from llmconvert.canonical.lowerings import ADD, EXACT, NEEDS_OWN_HEAD, ONE_WAY, REMOVE, ROUNDED
 from llmconvert.canonical.model import TRAITS
 from llmconvert.spec.language import ByArchitecture, Field, Fixed, SoftmaxScale, Spec, SquareRoot
 from llmconvert.spec.registry import Registry
@@ -90,7 +90,10 @@ def reach(source: Spec, target: Spec) -> Reach:
         return Reach(
             source.name, target.name, "no", why=f"{trait.name}: {trait.obstacle or f'{target.name} has no form of it'}"
         )
-    steps = [REMOVE[t] for t in REMOVE if t in certain - target.holds - target.always]
+    surplus = certain - target.holds - target.always
+    if "tied_embeddings" in certain and surplus & set(NEEDS_OWN_HEAD):
+        surplus |= {"tied_embeddings"}
+    steps = [REMOVE[t] for t in REMOVE if t in surplus]
     kept = (certain & target.holds) | {"partial_rotary"} & certain
     steps += [ADD[t] for t in ADD if t in target.always and t not in kept | certain]
     worst = max((s.exactness for s in steps), key=[EXACT, ROUNDED, ONE_WAY].index, default=EXACT)

@@ -194,7 +194,7 @@ def make(
         config["dtype"] = str(dtype).removeprefix("torch.")
         config = _as_transformers_4(config) if form == 4 else config
         state = model.state_dict()
-        if config.get("tie_word_embeddings"):
+        if model.config.tie_word_embeddings:
             state.pop("lm_head.weight", None)
     else:
         model, config = build_remote(arch, seed, **overrides)

@@ -388,7 +388,8 @@ ADD: dict[str, Step] = {
 """The step that adds each trait some target always has."""
 
 _NEEDS = {"partial_rotary": "padded_rotary", "padded_rotary": "partial_rotary"}
-_NEEDS_OWN_HEAD = ("norm_head", "embedding_multiplier", "logits_scaling")
+NEEDS_OWN_HEAD = ("norm_head", "embedding_multiplier", "logits_scaling")
+"""Traits whose removal changes the embedding or the head alone, so that a tied pair must part first."""
 
 
 def lower(
@@ -424,7 +425,7 @@ def lower(
 
     surplus = traits(model.config) - holds - always
     check_representable(model.config, target, holds | always, holders)
-    if model.config.tie_word_embeddings and surplus & set(_NEEDS_OWN_HEAD):
+    if model.config.tie_word_embeddings and surplus & set(NEEDS_OWN_HEAD):
         take(_UNTIE)
     for trait, step in REMOVE.items():
         if trait in surplus and trait in traits(model.config):
@@ -474,4 +475,4 @@ def _refusal(names: list[str], target: str, holders: Callable[[str], list[str]])
     return Refused(f"{target} cannot hold " + "; ".join(lines), hint="; ".join(dict.fromkeys(hints)) or None)
 
 
-__all__ = ["ADD", "EXACT", "ONE_WAY", "REMOVE", "ROUNDED", "Step", "lower"]
+__all__ = ["ADD", "EXACT", "NEEDS_OWN_HEAD", "ONE_WAY", "REMOVE", "ROUNDED", "Step", "lower"]

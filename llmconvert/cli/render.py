@@ -99,28 +99,28 @@ def inspection(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def matrix(reaches: list[Any]) -> Any:
-    """The table of sources and targets."""
-    from rich.table import Table
-
-    marks = {"exact": "=", "rounded": "≈", "one-way": "=¹", "no": "–"}
+def matrix(reaches: list[Any]) -> str:
+    """The table of sources (rows) and targets (columns, named downwards)."""
+    marks = {"exact": "=", "rounded": "~", "one-way": "1", "no": "."}
     targets = list(dict.fromkeys(r.target for r in reaches))
-    table = Table(title="source ↓  target →", show_lines=False, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("")
-    for target in targets:
-        table.add_column(target)
-    for source in dict.fromkeys(r.source for r in reaches):
+    sources = list(dict.fromkeys(r.source for r in reaches))
+    margin, tallest = max(map(len, sources)) + 2, max(map(len, targets))
+    lines = ["from (rows) to (columns)"]
+    for k in range(tallest):
+        lines.append(" " * margin + "  ".join(name.rjust(tallest)[k] for name in targets))
+    for source in sources:
         cells = {
-            r.target: marks[r.verdict] + ("*" if r.unless and r.verdict != "no" else "")
+            r.target: marks[r.verdict] + ("*" if r.unless and r.verdict != "no" else " ")
             for r in reaches
             if r.source == source
         }
-        table.add_row(source, *(cells[target] for target in targets))
-    table.caption = (
-        "=: bits only move.  ≈: exact to float rounding.  ¹: cannot be undone.  –: refused.\n"
-        "*: refused for checkpoints with certain traits; `llmconvert specs NAME` says which, and why."
-    )
-    return table
+        lines.append(source.ljust(margin) + " ".join(cells[target] for target in targets).rstrip())
+    lines += [
+        "",
+        "=  bits only move   ~  exact to float rounding   1  cannot be undone   .  refused",
+        "*  refused for checkpoints with certain traits; `llmconvert specs NAME` says which, and why",
+    ]
+    return "\n".join(lines)
 
 
 def spec_page(spec: Any, file: str, reaches: list[Any]) -> str:
