@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmconvert.canonical.lowerings import ADD, EXACT, NEEDS_OWN_HEAD, ONE_WAY, REMOVE, ROUNDED
+from llmconvert.canonical.lowerings import ADD, NEEDS_OWN_HEAD, REMOVE
 from llmconvert.canonical.model import TRAITS
+from llmconvert.canonical.step import EXACT, ONE_WAY, ROUNDED
 from llmconvert.spec.language import ByArchitecture, Field, Fixed, SoftmaxScale, Spec, SquareRoot
 from llmconvert.spec.registry import Registry
 from llmconvert.spec.rope import Rope

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from llmconvert.canonical.lowerings import ADD, REMOVE, deinterleaved, lower, padded
+from llmconvert.canonical.lowerings import ADD, REMOVE, lower
 from llmconvert.canonical.model import CanonicalConfig, CanonicalModel, shapes, traits
+from llmconvert.canonical.rotary import deinterleaved, padded
 from llmconvert.checkpoint.safetensors import read_header
 from llmconvert.spec.dialect import emit
 from llmconvert.spec.expand import bind

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sparse import make_sparse
 
-from llmconvert.converters.huggingface import plan_conversion
+from llmconvert.converters.planning import plan_conversion
 from llmconvert.errors import LlmconvertError, Refused
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(

@@ -1,163 +1,21 @@
 """Exact rewrites that remove a trait a target cannot hold, or add one it always has.
 
-Each `Step` is a pair: `apply` rewrites a model, `undo` gives the model back. Proofs stand with the functions.
+Each `Step` is a pair: `apply` rewrites a model, `undo` gives the model back. Proofs stand with the steps.
 `lower` chooses and composes the steps between a model and a target.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 from llmconvert.canonical import model as canonical
 from llmconvert.canonical.model import TRAITS, CanonicalConfig, CanonicalModel, traits
+from llmconvert.canonical.rotary import DEINTERLEAVE, INTERLEAVE, PAD, UNPAD, WIDEN
+from llmconvert.canonical.step import EXACT, ONE_WAY, ROUNDED, Step, edit, rounded
 from llmconvert.errors import Refused
-from llmconvert.tensors.expressions import Check, Expression, cast, fill, gather, normalize_rows, scale, shift
-
-Rewrite = Callable[[Expression], Expression]
-
-EXACT, ROUNDED, ONE_WAY = "bit-exact", "exact to rounding", "exact, not reversible"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One rewrite.
-
-    Attributes:
-        name: what it does, as shown in plans and reports.
-        exactness: EXACT (bits only move), ROUNDED (one float rounding an element), or ONE_WAY.
-        why: why the function computed by the model stays the same.
-        apply: model → model.
-        undo: (rewritten model, config before) → model; None for ONE_WAY.
-        lossy: modules whose tensors do not come back by `undo`.
-    """
-
-    name: str
-    exactness: str
-    why: str
-    apply: Callable[[CanonicalModel], CanonicalModel]
-    undo: Callable[[CanonicalModel, CanonicalConfig], CanonicalModel] | None
-    lossy: tuple[str, ...] = ()
-
-
-def _edit(
-    model: CanonicalModel, modules: Collection[str], rewrite: Rewrite, params: tuple[str, ...] = ("weight", "bias")
-) -> dict[str, Expression]:
-    tensors = dict(model.tensors)
-    for module in modules:
-        for i in range(model.config.num_hidden_layers if "{i}" in module else 1):
-            for param in params:
-                name = f"{module.replace('{i}', str(i))}.{param}"
-                if name in tensors:
-                    tensors[name] = rewrite(tensors[name])
-    return tensors
-
-
-def _rounded(rewrite: Rewrite) -> Rewrite:
-    """Compute in float32, round once to the tensor's own type."""
-    return lambda expression: cast(rewrite(expression), expression.dtype)
-
-
-# Rotary layouts. A head's rows are permuted alike in q and k, so every q·k product is a sum of the same terms.
-
-_QK = (canonical.Q, canonical.K, canonical.Q_NORM, canonical.K_NORM)
-
-
-def _inverse(pattern: list[int]) -> list[int]:
-    return sorted(range(len(pattern)), key=pattern.__getitem__)
-
-
-def deinterleaved(head_dim: int, rotary_dim: int) -> list[int]:
-    """Row order that turns neighbouring rotary pairs (2j, 2j+1) into halves (j, j + rotary_dim/2)."""
-    return [*range(0, rotary_dim, 2), *range(1, rotary_dim, 2), *range(rotary_dim, head_dim)]
-
-
-def padded(head_dim: int, rotary_dim: int) -> list[int]:
-    """Row order that spreads a half-split partial rotation over the whole head.
-
-    Llama pairs row j with row j + head_dim/2. Rotated pairs go to j < rotary_dim/2; the unrotated rows fill the
-    rest, where the frequency is zero and the rotation the identity.
-    """
-    half, turned = head_dim // 2, rotary_dim // 2
-    rest = list(range(rotary_dim, head_dim))
-    cut = half - turned
-    return [*range(turned), *rest[:cut], *range(turned, rotary_dim), *rest[cut:]]
-
-
-def _permute(model: CanonicalModel, pattern: list[int], **changes: bool) -> CanonicalModel:
-    tensors = _edit(model, _QK, lambda expression: gather(expression, pattern, len(pattern)))
-    return replace(model, config=replace(model.config, **changes), tensors=tensors)  # type: ignore[arg-type]
-
-
-def _order(model: CanonicalModel, layout: Callable[[int, int], list[int]]) -> list[int]:
-    return layout(model.config.head_dim, model.config.rotary_dim)
-
-
-_DEINTERLEAVE = Step(
-    "reorder rotary pairs from neighbours to halves",
-    EXACT,
-    "rows of q and k move together, so every attention score keeps its terms",
-    lambda m: _permute(m, _order(m, deinterleaved), rotary_interleaved=False),
-    lambda m, before: _permute(m, _inverse(_order(m, deinterleaved)), rotary_interleaved=True),
-)
-
-_INTERLEAVE = Step(
-    "reorder rotary pairs from halves to neighbours",
-    EXACT,
-    _DEINTERLEAVE.why,
-    lambda m: _permute(m, _inverse(_order(m, deinterleaved)), rotary_interleaved=True),
-    lambda m, before: _permute(m, _order(m, deinterleaved), rotary_interleaved=False),
-)
-
-_PAD = Step(
-    "express partial rotary as zero frequencies",
-    EXACT,
-    "a pair with frequency zero is not rotated; base theta^(head_dim/rotary_dim) keeps the other frequencies",
-    lambda m: _permute(m, _order(m, padded), rotary_padded=True),
-    lambda m, before: _permute(m, _inverse(_order(m, padded)), rotary_padded=False),
-)
-
-_UNPAD = Step(
-    "express zero frequencies as partial rotary",
-    EXACT,
-    _PAD.why,
-    lambda m: _permute(m, _inverse(_order(m, padded)), rotary_padded=False),
-    lambda m, before: _permute(m, _order(m, padded), rotary_padded=True),
-)
-
-
-def _widen(model: CanonicalModel) -> CanonicalModel:
-    """Double head_dim with zero rows: scores are unchanged if q grows by sqrt(2), since the scale is 1/sqrt(2d)."""
-    d = model.config.head_dim
-    pattern = [*range(d), *([-1] * d)]
-    tensors = _edit(model, (canonical.Q,), _rounded(lambda e: scale(e, math.sqrt(2.0))))
-    wider = replace(model, tensors=tensors)
-    wider = replace(
-        wider, tensors=_edit(wider, (canonical.Q, canonical.K, canonical.V), lambda e: gather(e, pattern, d))
-    )
-    tensors = _edit(wider, (canonical.O,), lambda e: gather(e, pattern, d, axis=1), ("weight",))
-    return replace(model, config=replace(model.config, head_dim=2 * d), tensors=tensors)
-
-
-def _narrow(model: CanonicalModel, before: CanonicalConfig) -> CanonicalModel:
-    d = before.head_dim
-    pattern = list(range(d))
-    tensors = _edit(model, (canonical.Q, canonical.K, canonical.V), lambda e: gather(e, pattern, 2 * d))
-    slim = replace(model, tensors=tensors)
-    slim = replace(slim, tensors=_edit(slim, (canonical.O,), lambda e: gather(e, pattern, 2 * d, axis=1), ("weight",)))
-    tensors = _edit(slim, (canonical.Q,), _rounded(lambda e: scale(e, math.sqrt(0.5))))
-    return replace(model, config=before, tensors=tensors)
-
-
-_WIDEN = Step(
-    "double head_dim with zeros, so that half of it is rotated",
-    ROUNDED,
-    "zero rows add nothing to a score; q times sqrt(2) makes up for the softmax scale",
-    _widen,
-    _narrow,
-)
-
+from llmconvert.tensors.expressions import Check, Expression, fill, gather, normalize_rows, scale, shift
 
 # Heads, embeddings, norms.
 
@@ -165,14 +23,14 @@ _WIDEN = Step(
 def _repeat_heads(model: CanonicalModel) -> CanonicalModel:
     c = model.config
     pattern = list(range(c.head_dim)) * (c.num_attention_heads // c.num_key_value_heads)
-    tensors = _edit(model, (canonical.K, canonical.V), lambda e: gather(e, pattern, c.head_dim))
+    tensors = edit(model, (canonical.K, canonical.V), lambda e: gather(e, pattern, c.head_dim))
     return replace(model, config=replace(c, num_key_value_heads=c.num_attention_heads), tensors=tensors)
 
 
 def _merge_heads(model: CanonicalModel, before: CanonicalConfig) -> CanonicalModel:
     group = before.num_attention_heads // before.num_key_value_heads
     d = before.head_dim
-    tensors = _edit(model, (canonical.K, canonical.V), lambda e: gather(e, list(range(d)), group * d))
+    tensors = edit(model, (canonical.K, canonical.V), lambda e: gather(e, list(range(d)), group * d))
     return replace(model, config=before, tensors=tensors)
 
 
@@ -202,7 +60,7 @@ _FOLD_NORM_HEAD = Step(
     ONE_WAY,
     "the published code replaces the head by its normalised rows, in the checkpoint's dtype, at the first forward",
     lambda m: replace(
-        m, config=replace(m.config, norm_head=False), tensors=_edit(m, (canonical.HEAD,), normalize_rows, ("weight",))
+        m, config=replace(m.config, norm_head=False), tensors=edit(m, (canonical.HEAD,), normalize_rows, ("weight",))
     ),
     None,
     lossy=(canonical.HEAD,),
@@ -217,10 +75,10 @@ _FOLD_UNIT_OFFSET = Step(
     lambda m: replace(
         m,
         config=replace(m.config, unit_offset_norm=False),
-        tensors=_edit(m, _NORMS, _rounded(lambda e: shift(e, 1.0)), ("weight",)),
+        tensors=edit(m, _NORMS, rounded(lambda e: shift(e, 1.0)), ("weight",)),
     ),
     lambda m, before: replace(
-        m, config=before, tensors=_edit(m, _NORMS, _rounded(lambda e: shift(e, -1.0)), ("weight",))
+        m, config=before, tensors=edit(m, _NORMS, rounded(lambda e: shift(e, -1.0)), ("weight",))
     ),
 )
 
@@ -233,7 +91,7 @@ def _scaling(
     neutral: dict[str, float | None],
 ) -> Step:
     def by(model: CanonicalModel, value: float) -> dict[str, Expression]:
-        return _edit(model, modules, _rounded(lambda e: scale(e, value)))
+        return edit(model, modules, rounded(lambda e: scale(e, value)))
 
     return Step(
         name,
@@ -336,7 +194,7 @@ def _add_norms(model: CanonicalModel) -> CanonicalModel:
         raise Refused(
             "q and k shrunk by 2^-32 underflow in float16", hint="add `--dtype bfloat16` or `--dtype float32`"
         )
-    tensors = _edit(model, (canonical.Q, canonical.K), _rounded(lambda e: scale(e, down)))
+    tensors = edit(model, (canonical.Q, canonical.K), rounded(lambda e: scale(e, down)))
     config = replace(model.config, qk_norm=True)
     weights = _norm_weights(config.rms_norm_eps * 4.0**_NORM_EXPONENT, dtype)
     result: dict[str, Expression] = {}
@@ -349,9 +207,7 @@ def _drop_norms(model: CanonicalModel, before: CanonicalConfig) -> CanonicalMode
     kept = canonical.shapes(before)
     slim = replace(model, tensors={name: e for name, e in model.tensors.items() if name in kept})
     up = 2.0**_NORM_EXPONENT
-    return replace(
-        slim, config=before, tensors=_edit(slim, (canonical.Q, canonical.K), _rounded(lambda e: scale(e, up)))
-    )
+    return replace(slim, config=before, tensors=edit(slim, (canonical.Q, canonical.K), rounded(lambda e: scale(e, up))))
 
 
 _ADD_QK_NORM = Step(
@@ -371,17 +227,17 @@ REMOVE: dict[str, Step] = {
     "residual_multiplier": _FOLD_RESIDUAL,
     "attention_multiplier": _FOLD_ATTENTION,
     "unit_offset_norm": _FOLD_UNIT_OFFSET,
-    "interleaved_rotary": _DEINTERLEAVE,
-    "partial_rotary": _PAD,
-    "padded_rotary": _UNPAD,
+    "interleaved_rotary": DEINTERLEAVE,
+    "partial_rotary": PAD,
+    "padded_rotary": UNPAD,
     "grouped_query": _REPEAT_HEADS,
     **{trait: _bias_step(trait, give=False) for trait in _BIASED},
 }
 """The step that removes each removable trait, in the order they are applied."""
 
 ADD: dict[str, Step] = {
-    "partial_rotary": _WIDEN,
-    "interleaved_rotary": _INTERLEAVE,
+    "partial_rotary": WIDEN,
+    "interleaved_rotary": INTERLEAVE,
     "qk_norm": _ADD_QK_NORM,
     **{trait: _bias_step(trait, give=True) for trait in _BIASED},
 }
@@ -473,6 +329,3 @@ def _refusal(names: list[str], target: str, holders: Callable[[str], list[str]])
         if others:
             hints.append(f"targets that hold `{name}`: {', '.join(others)}")
     return Refused(f"{target} cannot hold " + "; ".join(lines), hint="; ".join(dict.fromkeys(hints)) or None)
-
-
-__all__ = ["ADD", "EXACT", "NEEDS_OWN_HEAD", "ONE_WAY", "REMOVE", "ROUNDED", "Step", "lower"]

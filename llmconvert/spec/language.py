@@ -8,310 +8,24 @@ attribute without a field and a module without a row keep Llama's key and name.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmconvert.canonical.model import CanonicalConfig
-from llmconvert.errors import BadInput, Refused
-from llmconvert.spec.rope import Rope
-
-REQUIRED = "REQUIRED"
-"""The default of a field whose key must be present: sizes are never guessed."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """One canonical attribute (or several of equal value) under a key of its own.
-
-    Attributes:
-        attribute: the canonical attribute, or several separated by spaces that share the key.
-        key: the config key written, and read first.
-        aliases: other keys it is read from.
-        default: value where no key is present; REQUIRED to insist, or `=other` for another attribute's value.
-        times: canonical value = stored value × times.
-        only_if: a boolean key that must be true for `key` to count; otherwise the default holds.
-        values: stored values with another canonical spelling.
-    """
-
-    attribute: str
-    key: str
-    aliases: tuple[str, ...] = ()
-    default: Any = REQUIRED
-    times: float = 1.0
-    only_if: str | None = None
-    values: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """The canonical attributes it sets."""
-        return tuple(self.attribute.split())
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The config keys it understands."""
-        return (self.key, *self.aliases, *((self.only_if,) if self.only_if else ()))
-
-    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """Attribute values from a config; `done` holds those read before.
-
-        Raises:
-            BadInput: a required key is missing or not a number where one is needed.
-        """
-        value = next((config[key] for key in (self.key, *self.aliases) if config.get(key) is not None), None)
-        if self.only_if is not None and not config.get(self.only_if):
-            value = None
-        if value is None:
-            if self.default is REQUIRED:
-                raise BadInput(f"the key `{self.key}` is missing", where="config.json")
-            value = self.default
-            if isinstance(value, str) and value.startswith("="):
-                value = done[value[1:]]
-            return dict.fromkeys(self.attributes, value)
-        value = dict(self.values).get(value, value) if isinstance(value, str) else value
-        if self.times != 1.0:
-            value = float(value) * self.times
-            value = int(value) if value.is_integer() else value
-        return dict.fromkeys(self.attributes, value)
-
-    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """The key and its value."""
-        value = getattr(config, self.attributes[0])
-        if self.times != 1.0:
-            value = value / self.times
-            value = int(value) if float(value).is_integer() else value
-        return {self.key: value, **({self.only_if: True} if self.only_if else {})}
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """An attribute the architecture's code fixes; there is no key for it."""
-
-    attribute: str
-    value: Any
-    keys: tuple[str, ...] = ()
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """The canonical attributes it sets."""
-        return tuple(self.attribute.split())
-
-    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """The fixed value."""
-        return dict.fromkeys(self.attributes, self.value)
-
-    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """Nothing to write.
-
-        Raises:
-            Refused: the model has another value.
-        """
-        for attribute in self.attributes:
-            value = getattr(config, attribute)
-            if value != self.value:
-                raise Refused(f"{target} fixes `{attribute}` to {self.value!r}; the checkpoint has {value!r}")
-        return {}
-
-
-@dataclass(frozen=True)
-class HeadDim:
-    """head_dim: a key, or hidden_size / num_attention_heads where it is absent."""
-
-    key: str | None = "head_dim"
-    attributes = ("head_dim",)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The config keys it understands."""
-        return (self.key,) if self.key else ()
-
-    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """head_dim.
-
-        Raises:
-            BadInput: hidden_size is not a multiple of num_attention_heads and there is no key.
-        """
-        value = config.get(self.key) if self.key else None
-        if value is None:
-            value, rest = divmod(done["hidden_size"], done["num_attention_heads"])
-            if rest:
-                raise BadInput(
-                    f"hidden_size {done['hidden_size']} is not a multiple of num_attention_heads "
-                    f"{done['num_attention_heads']} and there is no `head_dim`",
-                    where="config.json",
-                )
-        return {"head_dim": value}
-
-    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """The key, where there is one."""
-        return {self.key: config.head_dim} if self.key else {}
-
-
-@dataclass(frozen=True)
-class SquareRoot:
-    """An attribute the code sets to the square root of another (Gemma's embedding scale)."""
-
-    attribute: str
-    of: str
-    keys: tuple[str, ...] = ()
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """The canonical attribute it sets."""
-        return (self.attribute,)
-
-    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """The square root."""
-        return {self.attribute: math.sqrt(done[self.of])}
-
-    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """Nothing to write.
-
-        Raises:
-            Refused: the model has another value.
-        """
-        if getattr(config, self.attribute) != math.sqrt(getattr(config, self.of)):
-            raise Refused(f"{target} fixes `{self.attribute}` to sqrt({self.of})")
-        return {}
-
-
-@dataclass(frozen=True)
-class SoftmaxScale:
-    """The factor on attention scores, under a key of its own; head_dim ** -0.5 is no departure from Llama."""
-
-    key: str
-    attributes = ("attention_multiplier",)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The config key it understands."""
-        return (self.key,)
-
-    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """The factor, or None where it is the usual one. An absent key means 1 (transformers' GraniteConfig)."""
-        value = float(config.get(self.key, 1.0))
-        return {"attention_multiplier": None if math.isclose(value, done["head_dim"] ** -0.5, rel_tol=1e-9) else value}
-
-    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """The key, always."""
-        usual = float(config.head_dim**-0.5)
-        return {self.key: usual if config.attention_multiplier is None else config.attention_multiplier}
-
-
-@dataclass(frozen=True)
-class ByArchitecture:
-    """A boolean told by config.json's `architectures`: true for the names given."""
-
-    attribute: str
-    names: tuple[str, ...]
-    keys: tuple[str, ...] = ()
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """The canonical attribute it sets."""
-        return (self.attribute,)
-
-    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether the config names one of the architectures."""
-        return {self.attribute: bool(set(config.get("architectures") or ()) & set(self.names))}
-
-    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """Nothing to write: the spec's own `architectures` says it.
-
-        Raises:
-            Refused: the model has the trait, which is only written as False.
-        """
-        if getattr(config, self.attribute):
-            raise Refused(f"{target} is not written with `{self.attribute}`")
-        return {}
-
-
-@dataclass(frozen=True)
-class WithoutKey:
-    """A boolean that is true where a key is absent from the config."""
-
-    attribute: str
-    absent: str
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """The canonical attribute it sets."""
-        return (self.attribute,)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The config keys it understands."""
-        return (self.absent,)
-
-    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether the key is absent."""
-        return {self.attribute: config.get(self.absent) is None}
-
-    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """Nothing to write: the key is another field's."""
-        return {}
-
-
-@dataclass(frozen=True)
-class Window:
-    """The sliding attention window.
-
-    Attributes:
-        key: the window's key.
-        default: the window where the key is absent altogether (a key set to null means no window).
-        switch: a boolean key without which the window is off.
-        from_layer: a key naming the first layer the window applies to.
-    """
-
-    key: str = "sliding_window"
-    default: int | None = None
-    switch: str | None = None
-    from_layer: str | None = None
-    attributes = ("sliding_window",)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The config keys it understands."""
-        return tuple(key for key in (self.key, self.switch, self.from_layer, "layer_types") if key)
-
-    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """The window, or None where no layer has one."""
-        window = config.get(self.key, self.default)
-        if self.switch and not config.get(self.switch):
-            window = None
-        first = config.get(self.from_layer, 0) if self.from_layer else 0
-        layer_types = config.get("layer_types")
-        if isinstance(layer_types, list):
-            window = window if "sliding_attention" in layer_types else None
-        elif first >= done["num_hidden_layers"]:
-            window = None
-        return {"sliding_window": window}
-
-    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """The window's keys."""
-        window = config.sliding_window
-        return {self.key: window, **({self.switch: window is not None} if self.switch else {})}
-
-
-AnyField = Field | Fixed | HeadDim | SquareRoot | SoftmaxScale | ByArchitecture | WithoutKey | Window | Rope
-
-LLAMA_FIELDS: tuple[AnyField, ...] = (
-    Field("hidden_size", "hidden_size"),
-    Field("intermediate_size", "intermediate_size"),
-    Field("num_hidden_layers", "num_hidden_layers"),
-    Field("num_attention_heads", "num_attention_heads"),
-    Field("num_key_value_heads", "num_key_value_heads", default="=num_attention_heads"),
-    Field("vocab_size", "vocab_size"),
-    Field("rms_norm_eps", "rms_norm_eps", default=1e-6),
-    Field("max_position_embeddings", "max_position_embeddings", aliases=("max_sequence_length",), default=2048),
-    Field("hidden_act", "hidden_act", default="silu"),
-    Field("tie_word_embeddings", "tie_word_embeddings", default=False),
-    HeadDim(),
-    Rope(),
+from llmconvert.spec.fields import (
+    LLAMA_FIELDS,
+    AnyField,
+    ByArchitecture,
+    Field,
+    Fixed,
+    HeadDim,
+    SoftmaxScale,
+    SquareRoot,
+    Window,
+    WithoutKey,
 )
-"""Llama's own keys, used for every attribute a spec does not mention (defaults: transformers' LlamaConfig)."""
-
+from llmconvert.spec.rope import Rope
 
 _ORDER = [attribute.name for attribute in dataclasses.fields(CanonicalConfig)]
 
@@ -425,3 +139,23 @@ class Spec:
         own = {attribute for f in self.config for attribute in f.attributes}
         inherited = tuple(f for f in LLAMA_FIELDS if not own & set(f.attributes))
         return tuple(sorted(inherited + self.config, key=lambda f: min(map(_ORDER.index, f.attributes))))
+
+
+__all__ = [
+    "AnyField",
+    "ByArchitecture",
+    "Drop",
+    "Field",
+    "Fixed",
+    "HeadDim",
+    "Note",
+    "Refusal",
+    "Rope",
+    "Row",
+    "SoftmaxScale",
+    "Spec",
+    "SquareRoot",
+    "Window",
+    "WithoutKey",
+    "row",
+]

@@ -67,11 +67,13 @@ def load_model(directory: Path, dtype: torch.dtype, device: str) -> nn.Module:
         if result.unexpected_keys or set(result.missing_keys) - optional:
             raise BadInput(f"the tensors do not fit the model: {result}", where=str(directory))
         return model.to(device).eval()
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    options = {"dtype" if release >= (4, 56) else "torch_dtype": dtype, "attn_implementation": "eager"}
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, attn_implementation="eager", output_loading_info=True
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, local_files_only=True, output_loading_info=True, **options
         )
     except (ValueError, KeyError) as error:
         raise Refused(f"transformers cannot load it: {str(error).splitlines()[0]}", where=str(directory)) from None

@@ -1,0 +1,61 @@
+"""The way back: each source tensor as it comes out of the output again, for the round trip."""
+
+from __future__ import annotations
+
+from llmconvert.canonical.model import CanonicalModel
+from llmconvert.checkpoint.directory import Checkpoint
+from llmconvert.checkpoint.dtypes import ITEMSIZE
+from llmconvert.converters.planning import Conversion
+from llmconvert.spec.dialect import lift, read_config
+from llmconvert.spec.expand import bind
+from llmconvert.tensors.expressions import Expression, Scale, Shift, cast, stored, walk
+from llmconvert.verify.roundtrip import BITWISE, ONE_WAY, ROUNDED, Pair
+
+
+def return_pairs(conversion: Conversion, output: Checkpoint) -> list[Pair]:
+    """What the round trip compares: each source tensor, and the same read back out of the output.
+
+    Args:
+        conversion: the planned conversion.
+        output: what was written, opened.
+    """
+    back = lift(conversion.target, output, read_config(conversion.target, output.config, output.tensors)).model
+    lossy: set[str] = set()
+    rounded: set[str] = set()
+    for step, before in reversed(conversion.steps):
+        if step.undo is None:
+            back = CanonicalModel(before, {**conversion.lifted.model.tensors, **_known(back, step.lossy)})
+            lossy |= {name for name in conversion.lifted.model.tensors if name.rpartition(".")[0] in step.lossy}
+        else:
+            back = step.undo(back, before)
+    for name, expression in conversion.model.tensors.items():
+        if any(isinstance(node, Scale | Shift) for node in walk(expression)):
+            rounded.add(name)
+    return _pair(conversion, back, output, lossy, rounded)
+
+
+def _known(model: CanonicalModel, lossy: tuple[str, ...]) -> dict[str, Expression]:
+    return {name: e for name, e in model.tensors.items() if name.rpartition(".")[0] not in lossy}
+
+
+def _pair(
+    conversion: Conversion, back: CanonicalModel, output: Checkpoint, lossy: set[str], rounded: set[str]
+) -> list[Pair]:
+    config = conversion.lifted.model.config
+    pairs = []
+    for binding in bind(conversion.source_spec, config):
+        if set(binding.parts) & lossy:
+            continue
+        source = stored(conversion.checkpoint.tensors[binding.stored])
+        returned = binding.put_together(back.tensors, config)
+        promise = ROUNDED if set(binding.parts) & rounded else BITWISE
+        if returned.dtype != source.dtype:
+            if ITEMSIZE[returned.dtype] > ITEMSIZE[source.dtype]:
+                returned = cast(returned, source.dtype)
+            else:
+                source = cast(source, returned.dtype)
+        pairs.append(Pair(binding.stored, source, returned, promise))
+    for planned in conversion.plan.tensors:
+        if planned.name.rpartition(".")[0] in {name.rpartition(".")[0] for name in lossy}:
+            pairs.append(Pair(planned.name, planned.expression, stored(output.tensors[planned.name]), ONE_WAY))
+    return pairs
