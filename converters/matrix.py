@@ -46,7 +46,9 @@ def certain_traits(spec: Spec) -> frozenset[str]:
     for field in spec.fields:
         if isinstance(field, Fixed) and field.value is True:
             certain |= {names[a] for a in field.attributes if a in names}
-        elif isinstance(field, SquareRoot | SoftmaxScale):
+        elif isinstance(field, SquareRoot):
+            certain.add("rounded_" + field.attribute)
+        elif isinstance(field, SoftmaxScale):
             certain |= set(field.attributes)
         elif isinstance(field, Field) and field.attribute in _MULTIPLIERS:
             certain.add(field.attribute)

@@ -17,7 +17,7 @@ SPEC = Spec(
         Field("tie_word_embeddings", "tie_word_embeddings", default=True),
         Field("max_position_embeddings", "max_position_embeddings", default=8192),
         SquareRoot("embedding_multiplier", "hidden_size"),
-        Fixed("unit_offset_norm", True),
+        Fixed("unit_offset_norm embedding_multiplier_rounded", True),
         Fixed("qkv_bias o_bias mlp_bias", False, keys=("attention_bias",)),
     ),
     target=False,

@@ -139,6 +139,18 @@ def test_folding_in_bfloat16_rounds_once(arch: str, tmp_path: Path) -> None:
     for name, tensor in exact.items():
         if arch == "granite" or "embed" not in name:
             assert torch.equal(tensor.to(torch.bfloat16), rounded[name]), name
+    if arch == "gemma":  # as the code does in bfloat16: the constant is rounded first
+        embed = checkpoints.tensors(source)["model.embed_tokens.weight"]
+        assert torch.equal(rounded["model.embed_tokens.weight"], embed * torch.tensor(48**0.5).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_numbers_are_rounded_as_torch_rounds(dtype: torch.dtype) -> None:
+    from llmconvert.checkpoint.dtypes import FROM_NAME, in_dtype
+
+    code = FROM_NAME[str(dtype).removeprefix("torch.")]
+    for value in (0.0, 1.0, 48**0.5, 3072**0.5, 1 / 3, -2.00390625, 1.001953125, 6.1e-5):
+        assert in_dtype(value, code) == torch.tensor(value, dtype=torch.float64).to(torch.float32).to(dtype).item()
 
 
 def test_norm_head_is_torch_normalize_in_the_stored_dtype(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from llmconvert.canonical import model as canonical
 from llmconvert.canonical.model import TRAITS, CanonicalConfig, CanonicalModel, traits
 from llmconvert.canonical.rotary import DEINTERLEAVE, INTERLEAVE, PAD, UNPAD, WIDEN
 from llmconvert.canonical.step import EXACT, ONE_WAY, ROUNDED, Step, edit, rounded
+from llmconvert.checkpoint.dtypes import in_dtype
 from llmconvert.errors import Refused
 from llmconvert.tensors.expressions import Check, Expression, fill, gather, normalize_rows, scale, shift
 
@@ -106,6 +107,23 @@ _FOLD_EMBEDDING = _scaling(
     "multiply embeddings by their constant", "the first thing done to an embedding is that product",
     (canonical.EMBED,), lambda c: c.embedding_multiplier, {"embedding_multiplier": 1.0},
 )  # fmt: skip
+
+
+def _fold_rounded(model: CanonicalModel, multiplier: float, power: int) -> dict[str, Expression]:
+    return edit(model, (canonical.EMBED,), rounded(lambda e: scale(e, in_dtype(multiplier, e.dtype) ** power)))
+
+
+_FOLD_ROUNDED_EMBEDDING = Step(
+    "multiply embeddings by their constant, rounded to the dtype written",
+    ROUNDED,
+    "the code rounds the constant to the embeddings' dtype before the product; so does inference in that dtype",
+    lambda m: replace(
+        m,
+        config=replace(m.config, embedding_multiplier=1.0, embedding_multiplier_rounded=False),
+        tensors=_fold_rounded(m, m.config.embedding_multiplier, 1),
+    ),
+    lambda m, before: replace(m, config=before, tensors=_fold_rounded(m, before.embedding_multiplier, -1)),
+)
 _FOLD_LOGITS = _scaling(
     "divide lm_head by logits_scaling", "(W/s)·x = (W·x)/s",
     (canonical.HEAD,), lambda c: 1.0 / c.logits_scaling, {"logits_scaling": 1.0},
@@ -223,6 +241,7 @@ REMOVE: dict[str, Step] = {
     "norm_head": _FOLD_NORM_HEAD,
     "tied_embeddings": _UNTIE,
     "embedding_multiplier": _FOLD_EMBEDDING,
+    "rounded_embedding_multiplier": _FOLD_ROUNDED_EMBEDDING,
     "logits_scaling": _FOLD_LOGITS,
     "residual_multiplier": _FOLD_RESIDUAL,
     "attention_multiplier": _FOLD_ATTENTION,
@@ -244,7 +263,7 @@ ADD: dict[str, Step] = {
 """The step that adds each trait some target always has."""
 
 _NEEDS = {"partial_rotary": "padded_rotary", "padded_rotary": "partial_rotary"}
-NEEDS_OWN_HEAD = ("norm_head", "embedding_multiplier", "logits_scaling")
+NEEDS_OWN_HEAD = ("norm_head", "embedding_multiplier", "rounded_embedding_multiplier", "logits_scaling")
 """Traits whose removal changes the embedding or the head alone, so that a tied pair must part first."""
 
 

@@ -38,6 +38,7 @@ class CanonicalConfig:
         norm_head: the head's rows are normalised at inference (Baichuan2's NormHead).
         unit_offset_norm: norms multiply by 1 + weight (Gemma).
         embedding_multiplier, residual_multiplier, logits_scaling: as in GraniteConfig; 1 in Llama.
+        embedding_multiplier_rounded: the multiplier is rounded to the embeddings' dtype before it is used (Gemma).
         attention_multiplier: the softmax scale; None for head_dim ** -0.5.
         alibi, qk_norm, moe, mla, branch_output_norm: what their names say in the literature.
         sliding_window: attention reaches this many tokens back; None for all.
@@ -66,6 +67,7 @@ class CanonicalConfig:
     norm_head: bool = False
     unit_offset_norm: bool = False
     embedding_multiplier: float = 1.0
+    embedding_multiplier_rounded: bool = False
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     attention_multiplier: float | None = None
@@ -107,6 +109,7 @@ TRAITS = {
         Trait("norm_head", "NormHead: the head's rows are normalised at inference"),
         Trait("unit_offset_norm", "norms multiply by 1 + weight"),
         Trait("embedding_multiplier", "embeddings are multiplied by a constant"),
+        Trait("rounded_embedding_multiplier", "embeddings are multiplied by a constant rounded to their dtype"),
         Trait("residual_multiplier", "each branch is multiplied by a constant before it is added"),
         Trait("logits_scaling", "logits are divided by a constant"),
         Trait("attention_multiplier", "the softmax scale is not head_dim ** -0.5"),
@@ -147,7 +150,8 @@ def traits(config: CanonicalConfig) -> frozenset[str]:
         "tied_embeddings": config.tie_word_embeddings,
         "norm_head": config.norm_head,
         "unit_offset_norm": config.unit_offset_norm,
-        "embedding_multiplier": config.embedding_multiplier != 1.0,
+        "embedding_multiplier": config.embedding_multiplier != 1.0 and not config.embedding_multiplier_rounded,
+        "rounded_embedding_multiplier": config.embedding_multiplier != 1.0 and config.embedding_multiplier_rounded,
         "residual_multiplier": config.residual_multiplier != 1.0,
         "logits_scaling": config.logits_scaling != 1.0,
         "attention_multiplier": config.attention_multiplier is not None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import numpy.typing as npt
 
@@ -27,3 +29,17 @@ _CARRIER: dict[int, type[np.unsignedinteger]] = {1: np.uint8, 2: np.uint16, 4: n
 def carrier(dtype: str) -> npt.DTypeLike:
     """The unsigned numpy type that holds elements of `dtype` bit for bit (numpy has no bfloat16)."""
     return _CARRIER[ITEMSIZE[dtype]]
+
+
+def in_dtype(value: float, dtype: str) -> float:
+    """A Python number rounded to a float type, to nearest, ties to even."""
+    if dtype == "F64":
+        return value
+    if dtype == "F16":
+        return float(np.float16(value))
+    single = float(np.float32(value))
+    if dtype == "F32":
+        return single
+    bits = int(struct.unpack("<I", struct.pack("<f", single))[0])
+    bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
