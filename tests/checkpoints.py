@@ -38,6 +38,8 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("GlmConfig", {"head_dim": 16}),
     "phi3": ("Phi3Config", {}),
     "phi3_partial": ("Phi3Config", {"partial_rotary_factor": 0.75, "hidden_size": 96}),
+    "phi3_longrope": ("Phi3Config", {"original_max_position_embeddings": 64, "rope_scaling": {
+        "type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 2.0, 3.0, 5.0]}}),
     "gemma": ("GemmaConfig", {"head_dim": 16}),
     "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 7.0,
                                   "attention_multiplier": 0.2, **TIED}),
@@ -159,12 +161,18 @@ def write_weights(state: dict[str, torch.Tensor], directory: Path, shards: int =
 
 def _as_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
     """A config as transformers 4 saved it: rope_theta and rope_scaling at the top, `torch_dtype`."""
-    rope = dict(config.pop("rope_parameters", None) or {})
+    if "rope_parameters" not in config:  # it is transformers 4 that saved it
+        return config
+    rope = dict(config.pop("rope_parameters") or {})
     config["rope_theta"] = rope.pop("rope_theta", 10000.0)
     share = rope.pop("partial_rotary_factor", None)
     if share is not None and config["model_type"] in ("glm", "glm4", "phi3"):
         config["partial_rotary_factor"] = share
     config["rope_scaling"] = rope if rope.get("rope_type", "default") != "default" else None
+    if config["model_type"] == "phi3" and config["rope_scaling"]:
+        config["rope_scaling"] = {key: rope[key] for key in ("short_factor", "long_factor")} | {
+            "type": rope["rope_type"]
+        }
     config["torch_dtype"] = config.pop("dtype", "float32")
     return config
 
@@ -191,7 +199,8 @@ def make(
         model.config.save_pretrained(directory)
         config = json.loads((directory / "config.json").read_text())
         config["architectures"] = [type(model).__name__]
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        config.pop("torch_dtype", None)
+        config["torch_dtype" if "rope_parameters" not in config else "dtype"] = str(dtype).removeprefix("torch.")
         config = _as_transformers_4(config) if form == 4 else config
         state = model.state_dict()
         if model.config.tie_word_embeddings:

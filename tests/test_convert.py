@@ -15,13 +15,13 @@ from llmconvert.verify.logits import compare_logits
 TO_LLAMA = {
     "qwen": 1e-5, "qwen_2023": 1e-5, "qwen2": 0.0, "qwen2_tied": 0.0, "qwen2_yarn": 0.0, "baichuan": 1e-5,
     "baichuan2": 1e-5, "yi": 1e-5, "chatglm2": 1e-5, "chatglm_mha": 1e-5, "glm4_9b": 1e-5, "glm": 1e-5,
-    "mistral": 0.0, "internlm2": 1e-5, "phi3": 1e-5, "phi3_partial": 1e-4, "gemma": 1e-5, "granite": 1e-5,
+    "mistral": 0.0, "internlm2": 1e-5, "phi3": 1e-5, "phi3_partial": 1e-4, "phi3_longrope": 1e-5, "gemma": 1e-5, "granite": 1e-5,
     "seed_oss": 0.0, "ernie4_5": 1e-5, "ernie4_5_tied": 1e-5, "llama": 0.0, "llama_bias": 0.0, "llama_llama3": 0.0,
 }  # fmt: skip
 BACK = {
     "qwen": "qwen", "qwen_2023": "qwen", "qwen2": "qwen", "qwen2_tied": "qwen", "qwen2_yarn": "qwen",
     "baichuan": "baichuan", "yi": "yi", "chatglm2": "chatglm", "chatglm_mha": "chatglm", "glm4_9b": "chatglm",
-    "glm": "glm", "mistral": "mistral", "internlm2": "internlm2", "phi3": "phi", "phi3_partial": "phi",
+    "glm": "glm", "mistral": "mistral", "internlm2": "internlm2", "phi3": "phi", "phi3_partial": "phi", "phi3_longrope": "phi",
     "seed_oss": "seed-oss", "ernie4_5": "ernie", "ernie4_5_tied": "ernie",
 }  # fmt: skip
 

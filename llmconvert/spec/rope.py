@@ -33,6 +33,8 @@ class Rope:
         partial: rotated share of each head where the config has no `partial_rotary_factor`.
         partial_key: the key of that share; None where the code fixes it.
         scaling: the rescaling types the architecture's code knows; () for none.
+        bare_longrope: longrope has exactly the keys type, short_factor and long_factor, as Phi3Config of
+            transformers 4 insists; the rest is derived from the two context lengths.
     """
 
     theta_key: str = "rope_theta"
@@ -42,6 +44,7 @@ class Rope:
     partial: float = 1.0
     partial_key: str | None = None
     scaling: tuple[str, ...] = SCALING_TYPES
+    bare_longrope: bool = False
 
     attributes = ("rope_theta", "rotary_dim", "rope_scaling", "rotary_padded")
 
@@ -138,6 +141,12 @@ class Rope:
             raise Refused(f"{target} rotates {self.partial:g} of each head; the checkpoint {share:g}")
         if self.scaling:
             written["rope_scaling"] = scaling and {**scaling, "type": scaling["rope_type"]}
+            if scaling and self.bare_longrope:
+                written["rope_scaling"] = _bare(scaling, config.max_position_embeddings, target)
+            original = scaling and scaling.get("original_max_position_embeddings")
+            if scaling and scaling["rope_type"] == "longrope" and original != config.max_position_embeddings:
+                # transformers 4 looks for it here only, and Phi3Config has a default of its own.
+                written["original_max_position_embeddings"] = original
         return written
 
 
@@ -148,6 +157,19 @@ def _complete_longrope(scaling: dict[str, Any], max_position_embeddings: int) ->
     scaling["factor"] = factor
     if scaling.get("attention_factor") is None:
         scaling["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def _bare(scaling: Mapping[str, Any], max_position_embeddings: int, target: str) -> dict[str, Any]:
+    """Longrope without what follows from the context lengths, which must indeed follow."""
+    bare = {"type": "longrope", "short_factor": scaling["short_factor"], "long_factor": scaling["long_factor"]}
+    derived = {**bare, "original_max_position_embeddings": scaling["original_max_position_embeddings"]}
+    _complete_longrope(derived, max_position_embeddings)
+    for key in ("factor", "attention_factor"):
+        if not math.isclose(derived[key], scaling[key], rel_tol=1e-9):
+            raise Refused(
+                f"{target} derives longrope's `{key}` ({derived[key]:g}); the checkpoint has {scaling[key]:g}"
+            )
+    return bare
 
 
 def _write_padding(config: CanonicalConfig) -> tuple[float, dict[str, Any]]:
