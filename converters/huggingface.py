@@ -11,16 +11,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmconvert.checkpoint.directory import listing, open_checkpoint
+from llmconvert.checkpoint.directory import open_checkpoint
 from llmconvert.checkpoint.dtypes import TO_NAME
-from llmconvert.converters.planning import Conversion, plan_conversion
+from llmconvert.converters.planning import Conversion, elsewhere, plan_conversion
 from llmconvert.converters.returning import return_pairs
 from llmconvert.engine import manifest
 from llmconvert.engine.execute import Executor, check_space
 from llmconvert.engine.journal import Workspace
 from llmconvert.engine.plan import Plan
 from llmconvert.engine.publish import check_destination, publish
-from llmconvert.errors import ProofFailed, Refused, Usage
+from llmconvert.errors import BadInput, InputOutput, ProofFailed, Refused, Usage
 from llmconvert.spec.language import Spec
 from llmconvert.spec.registry import Registry
 from llmconvert.verify.roundtrip import RoundTrip, compare, failing
@@ -137,16 +137,26 @@ def convert(
         max_shard_size=max_shard_size,
         accept=accept,
     )
-    faults = failing(conversion.plan.checks)
-    if faults:
-        raise Refused(f"{len(faults)} tensors are not what the conversion relies on: {listing(faults)}".replace("``", "`"),
-                      where=str(conversion.checkpoint.path))  # fmt: skip
+    _check_data(conversion)
     report = _report(conversion, str(destination))
     if dry_run:
         return report
     check_destination(conversion.checkpoint.path, target_dir, overwrite=overwrite)
     return _run(conversion, target_dir, report, verify, workers or min(os.cpu_count() or 1, 8), overwrite, resume, sync,
                 device, progress)  # fmt: skip
+
+
+def _check_data(conversion: Conversion) -> None:
+    """Test what the plan takes for granted: aliases that should be equal, biases that should be zero."""
+    own = conversion.lifted.model.checks
+    where = str(conversion.checkpoint.path)
+    faults = failing(own)
+    if faults:
+        raise BadInput("; ".join(faults), where=where)
+    faults = failing([check for check in conversion.plan.checks if check not in own])
+    if faults:
+        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more tensors" if len(faults) > 3 else "")
+        raise Refused(shown, where=where, hint=elsewhere(conversion.checkpoint))
 
 
 def _run(
@@ -157,7 +167,12 @@ def _run(
     space = Workspace(destination, plan.identity, resume=resume, restart=overwrite)
     try:
         written = sum(path.stat().st_blocks * 512 for path in space.path.iterdir())
-        check_space(plan, space.path, written)
+        try:
+            check_space(plan, space.path, written)
+        except InputOutput:
+            if not space.done:
+                space.discard()
+            raise
         total = sum(output.expression.nbytes for output in plan.tensors)
         checksums = Executor(plan, space, workers, _stage(progress, "write", total)).run()
         found: RoundTrip | None = None

@@ -74,7 +74,9 @@ def target_for(known: Registry, name: str, checkpoint: Checkpoint) -> Spec:
         )
     spec = spec or known.get(name)
     if not spec.target:
-        raise Refused(f"{spec.name} is read but not written: {spec.not_target}")
+        raise Refused(
+            f"{spec.name} is read but not written: {spec.not_target}", hint="`llmconvert specs` lists the targets"
+        )
     return spec
 
 
@@ -136,7 +138,10 @@ def plan_conversion(
     model, steps = _lower(_input_dtype(lifted.model, code), target, known, checkpoint)
     tensors = {name: cast(e, code or e.dtype) for name, e in emit(target, model).items()}
     written_dtype = code or _dominant(tensors)
-    texts, notes = _texts(checkpoint, spec, target, model.config, written_dtype)
+    try:
+        texts, notes = _texts(checkpoint, spec, target, model.config, written_dtype)
+    except Refused as error:
+        raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
     if len(files) > 1:
         index = {
@@ -165,6 +170,11 @@ def plan_conversion(
     return Conversion(checkpoint, spec, lifted, target, model, steps, code, plan, ledger, all_notes, extra.left)
 
 
+def elsewhere(checkpoint: Checkpoint) -> str:
+    """The hint for a target that cannot hold this checkpoint."""
+    return f"`llmconvert inspect {checkpoint.path}` lists the targets that can hold it"
+
+
 def _lower(
     model: CanonicalModel, target: Spec, known: Registry, checkpoint: Checkpoint
 ) -> tuple[CanonicalModel, list[tuple[Step, CanonicalConfig]]]:
@@ -177,7 +187,7 @@ def _lower(
                 return lean, steps
         return lower(model, target.name, target.holds, target.always, target.coupled, known.holders)
     except Refused as error:
-        raise Refused(error.what, where=str(checkpoint.path), hint=error.hint) from None
+        raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
 
 
 def _origin(target: Spec, checkpoint: Checkpoint) -> CanonicalConfig | None:

@@ -24,6 +24,6 @@ SPEC = Spec(
         row("model.layers.{i}.ln2.{p}", POST_NORM),
     ),
     drops=(Drop("model.layers.{i}.self_attn.rotary_emb.inv_freq", "recomputed from the config"),),
-    holds=frozenset({"grouped_query", "activation", "tied_embeddings"}),
+    holds=frozenset({"grouped_query", "activation"}),
     aka=("llama",),
 )

@@ -243,7 +243,7 @@ def _sliding(config: dict) -> None:
 
 CANNOT_HOLD = {
     "active sliding window": ("qwen2", _sliding, "llama", "sliding_window"),
-    "biases to mistral": ("llama_bias", None, "mistral", "bias"),
+    "biases to mistral": ("llama_bias", None, "mistral", "qkv_bias"),
     "o bias to qwen2": ("llama_bias", None, "qwen2", "o_proj"),
     "theta to baichuan": ("llama_mha", lambda c: c.update(rope_theta=5e5), "baichuan", "rope_theta"),
     "rescaled rotary to glm": ("llama_llama3", None, "glm", "rope_scaling"),
@@ -264,6 +264,7 @@ def test_what_the_target_cannot_hold_is_refused(case: str, tmp_path: Path) -> No
     with pytest.raises(Refused, match=fragment) as caught:
         convert(source, tmp_path / "dst", to=target)
     assert caught.value.exit_code == 3
+    assert caught.value.hint
     assert not (tmp_path / "dst").exists()
 
 
@@ -284,9 +285,16 @@ def test_destinations(tmp_path: Path) -> None:
             convert(source, destination, to="llama")
         assert caught.value.exit_code == 2
     assert (full / "precious").read_text() == "keep me"
-    convert(source, full, to="llama", overwrite=True)
-    assert not (full / "precious").exists()
-    assert (full / "config.json").exists()
+    with pytest.raises(Usage, match="not a checkpoint"):
+        convert(source, full, to="llama", overwrite=True)
+    assert (full / "precious").read_text() == "keep me"
+    convert(source, tmp_path / "dst", to="llama")
+    with pytest.raises(Usage, match="--overwrite|not empty"):
+        convert(source, tmp_path / "dst", to="llama")
+    (tmp_path / "dst" / "stale.bin").write_text("")
+    convert(source, tmp_path / "dst", to="llama", overwrite=True)
+    assert not (tmp_path / "dst" / "stale.bin").exists()
+    assert not list(tmp_path.glob(".dst*"))
 
 
 def test_overflow_names_the_tensor(tmp_path: Path) -> None:
@@ -327,6 +335,7 @@ def test_too_small_a_disk_is_noticed_before_writing(tmp_path: Path, monkeypatch:
     with pytest.raises(InputOutput, match="needs"):
         convert(source, tmp_path / "dst", to="llama")
     assert not (tmp_path / "dst").exists()
+    assert not work_directory(tmp_path / "dst").exists()
 
 
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

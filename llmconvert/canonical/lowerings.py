@@ -163,7 +163,12 @@ def _take_bias(model: CanonicalModel, trait: str) -> CanonicalModel:
     kept = canonical.shapes(config)
     dropped = {name: e for name, e in model.tensors.items() if name not in kept}
     checks = tuple(
-        Check(name, e, fill(e.shape, e.dtype), f"the target has no {TRAITS[trait].meaning}; only zeros can be left out")
+        Check(
+            name,
+            e,
+            fill(e.shape, e.dtype),
+            f"the target cannot hold `{trait}` ({TRAITS[trait].meaning}), and it is not zero",
+        )
         for name, e in dropped.items()
     )
     tensors = {name: e for name, e in model.tensors.items() if name in kept}

@@ -269,7 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
         show_error(error, json_mode=json_mode)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted\nhint: a conversion under way is kept; repeat its command with `--resume`", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()

@@ -10,11 +10,16 @@ from llmconvert.engine.execute import disk_full
 from llmconvert.errors import InputOutput, Usage
 
 
+def _is_checkpoint(directory: Path) -> bool:
+    return (directory / "config.json").is_file() or (directory / "llmconvert.json").is_file()
+
+
 def check_destination(source: Path, destination: Path, *, overwrite: bool) -> None:
     """Refuse a destination that would harm the source or anything else.
 
     Raises:
-        Usage: it is the source, inside it or around it, or exists and is not empty.
+        Usage: it is the source, inside it or around it, or exists and is not empty (with `overwrite`: and is not a
+            checkpoint).
         InputOutput: its parent cannot be written.
     """
     real_source, real_destination = source.resolve(), destination.resolve()
@@ -29,6 +34,12 @@ def check_destination(source: Path, destination: Path, *, overwrite: bool) -> No
         raise Usage("the destination exists and is not a directory", where=where)
     if destination.is_dir() and any(destination.iterdir()) and not overwrite:
         raise Usage("the destination exists and is not empty", where=where, hint="name another, or add `--overwrite`")
+    if destination.is_dir() and overwrite and any(destination.iterdir()) and not _is_checkpoint(destination):
+        raise Usage(
+            "the destination is not a checkpoint, so `--overwrite` does not replace it",
+            where=where,
+            hint="remove it yourself if you are sure, or name another",
+        )
     parent = destination.parent
     while not parent.exists():
         parent = parent.parent

@@ -231,7 +231,9 @@ def write_config(spec: Spec, config: CanonicalConfig, carried: Mapping[str, Any]
     own: dict[str, Any] = {}
     for f in spec.fields:
         own |= f.write(config, spec.name)
-    head = {"architectures": [spec.architectures[0]], "model_type": spec.model_types[0]}
+    head: dict[str, Any] = {"architectures": [spec.architectures[0]], "model_type": spec.model_types[0]}
+    # An absent token id would be filled in by the target class with one of its own.
+    head |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     return {**head, **carried, **dict(spec.constants), **own, "torch_dtype": TO_NAME.get(dtype, "float32")}
 
 

@@ -25,7 +25,7 @@ class LogitsReport:
     """How far two models' logits are apart.
 
     Attributes:
-        verdict: whether `relative` is within `tolerance` and the greedy tokens agree.
+        verdict: whether every logit is finite and `relative` is within `tolerance`.
         reason: the verdict in words.
         max_abs, mean_abs: differences of logits.
         relative: max_abs over the largest logit of the first model.
@@ -63,8 +63,11 @@ class _Probe:
     position_ids: Tensor
 
 
-def _probes(vocab_size: int, longest: int, seed: int) -> list[_Probe]:
-    """Seeded random ids: a left-padded batch of several lengths, and a row whose positions reach far."""
+def _probes(vocab_size: int, longest: int, seed: int, padded: bool = True) -> list[_Probe]:
+    """Seeded random ids: a left-padded batch of several lengths, and a row whose positions reach far.
+
+    Without `padded` the rows of the batch come one by one, the longest first.
+    """
     generator = torch.Generator().manual_seed(seed)
     width = max(n for n in _LENGTHS if n <= longest or n == min(_LENGTHS))
     lengths = [n for n in _LENGTHS if n <= width]
@@ -73,7 +76,11 @@ def _probes(vocab_size: int, longest: int, seed: int) -> list[_Probe]:
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     spread = torch.linspace(0, longest - 1, width).long()[None]
     far = torch.randint(0, vocab_size, (1, width), generator=generator)
-    return [_Probe(ids, mask, places), _Probe(far, torch.ones_like(far), spread)]
+    batch = [_Probe(ids, mask, places)]
+    if not padded:
+        batch = [_Probe(ids[i : i + 1, -n:], mask[i : i + 1, -n:], places[i : i + 1, -n:])
+                 for i, n in reversed(list(enumerate(lengths)))]  # fmt: skip
+    return [*batch, _Probe(far, torch.ones_like(far), spread)]
 
 
 def _forward(model: torch.nn.Module, probe: _Probe, device: str) -> Tensor:
@@ -150,7 +157,8 @@ def compare_logits(
     (vocab, longest), (other, other_longest) = _limits(left), _limits(right)
     if vocab != other:
         raise Usage(f"the vocabularies differ: {vocab} and {other} tokens", where=f"{left}, {right}")
-    probes = _probes(vocab, min(longest, other_longest), seed)
+    # transformers takes the softmax in float32, where the lowest float64 is -inf: a row of padding would give NaN.
+    probes = _probes(vocab, min(longest, other_longest), seed, padded=dtype != "float64")
     first, greedy = _run(left, probes, _DTYPES[dtype], device, vocab)
     second, other_greedy = _run(right, probes, _DTYPES[dtype], device, vocab)
     return _compare(torch.cat(first), torch.cat(second), greedy, other_greedy, rtol, dtype, device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, rotate_halves, split_heads
+from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, require, rotate_halves, split_heads
 from llmconvert.verify.reference.gated import GatedMLP
 from llmconvert.verify.reference.llamalike import decode
 
@@ -49,6 +49,7 @@ class BaichuanForCausalLM(nn.Module):
         """Build from config.json; `norm_head` overrides what it says."""
         super().__init__()
         hidden, heads, eps = config["hidden_size"], config["num_attention_heads"], config["rms_norm_eps"]
+        require(config, hidden_act="silu")
         alibi = config.get("max_position_embeddings") is None
         if norm_head is None:
             second = not alibi and "BaichuanForCausalLM" in (config.get("architectures") or ())

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, rotate_neighbours, split_heads
+from llmconvert.verify.reference.common import (
+    RMSNorm,
+    angles,
+    attend,
+    positions,
+    require,
+    rotate_neighbours,
+    split_heads,
+)
 from llmconvert.verify.reference.llamalike import decode
 
 
@@ -49,6 +57,8 @@ class ChatGLMForConditionalGeneration(nn.Module):
         """Build from config.json."""
         super().__init__()
         hidden, eps, vocab = config["hidden_size"], config["layernorm_epsilon"], config["padded_vocab_size"]
+        require(config, rmsnorm=True, post_layer_norm=True, add_bias_linear=False)
+        require(config, apply_residual_connection_post_layernorm=False)
         self.transformer = nn.Module()
         self.transformer.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(vocab, hidden)})
         self.transformer.encoder = nn.Module()

@@ -3,9 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from llmconvert.errors import Refused
+
+
+def require(config: Mapping[str, Any], **values: Any) -> None:
+    """Refuse a config that asks for what the model does not compute; an absent key asks for nothing.
+
+    Raises:
+        Refused: a key is set, and not to the value given here.
+    """
+    wrong = [f"`{key}` {config[key]!r}" for key, value in values.items() if config.get(key) not in (None, value)]
+    if wrong:
+        raise Refused(
+            f"the reference model does not compute {', '.join(wrong)}",
+            where="config.json",
+            hint="its logits would prove nothing; verify the weights alone",
+        )
 
 
 class RMSNorm(nn.Module):
@@ -24,10 +43,13 @@ class RMSNorm(nn.Module):
         return self.weight * normed.to(x.dtype)
 
 
-def angles(position_ids: Tensor, dims: int, theta: float) -> Tensor:
-    """Rotary angles p · theta^(-2j/dims) (Su et al., RoFormer, 2021), in float64: [batch, tokens, dims / 2]."""
-    frequencies = theta ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=position_ids.device) / dims)
-    return position_ids.double()[..., None] * frequencies
+def angles(position_ids: Tensor, dims: int, theta: float, factor: float = 1.0) -> Tensor:
+    """Rotary angles p · theta^(-2j/dims) / factor (Su et al., RoFormer, 2021): float64 [batch, tokens, dims / 2]."""
+    # Rounded to float32 on the way, in this order, as models do everywhere: at position 10^5 exact angles would move
+    # the logits by 1e-4 of their scale.
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=position_ids.device) / dims
+    frequencies = 1.0 / theta**exponents / factor
+    return (position_ids.float()[..., None] * frequencies).double()
 
 
 def rotate_halves(x: Tensor, angle: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
-from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, rotate_halves, split_heads
+from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, require, rotate_halves, split_heads
 from llmconvert.verify.reference.llamalike import decode
 
 
@@ -49,6 +49,7 @@ class QWenLMHeadModel(nn.Module):
             return next(config[key] for key in keys if config.get(key) is not None)
 
         hidden, heads = get("hidden_size", "n_embd"), get("num_attention_heads", "n_head")
+        require(config, rotary_pct=1.0, scale_attn_weights=True, no_bias=True, kv_channels=hidden // heads)
         eps, theta = config.get("layer_norm_epsilon", 1e-6), float(config.get("rotary_emb_base", 10000))
         intermediate = get("intermediate_size", "ffn_hidden_size") // 2
         vocab = get("vocab_size", "padded_vocab_size")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, rotate_halves, split_heads
+from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, require, rotate_halves, split_heads
 from llmconvert.verify.reference.gated import GatedMLP
 from llmconvert.verify.reference.llamalike import decode
 
@@ -36,6 +36,7 @@ class YiForCausalLM(nn.Module):
         """Build from config.json."""
         super().__init__()
         hidden, heads, eps = config["hidden_size"], config["num_attention_heads"], config["rms_norm_eps"]
+        require(config, hidden_act="silu", rope_scaling=None, attention_bias=False)
         kv_heads, theta = config.get("num_key_value_heads", heads), config.get("rope_theta", 5e6)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config["vocab_size"], hidden)
