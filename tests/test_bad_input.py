@@ -251,6 +251,9 @@ CANNOT_HOLD = {
     "unknown target": ("llama", None, "lama", "lama"),
     "gptq": ("qwen2", lambda c: c.update(quantization_config={"quant_method": "gptq"}), "llama", "gptq"),
     "soft caps": ("llama", lambda c: c.update(final_logit_softcapping=30.0), "mistral", "softcapping"),
+    "residual after the norm": ("chatglm2", lambda c: c.update(apply_residual_connection_post_layernorm=True), "llama",
+                                "apply_residual"),
+    "half rotary Qwen": ("qwen", lambda c: c.update(rotary_pct=0.5), "llama", "rotary_pct"),
     "unknown architecture": ("llama", lambda c: c.update(model_type="qwen9", architectures=["Q9"]), "llama", "new|qwen"),
 }  # fmt: skip
 

@@ -52,7 +52,7 @@ def _native(arch: str, seed: int, overrides: Mapping[str, Any]) -> nn.Module:
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     checkpoints.randomise(model, seed)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if arch == "gemma" and parameter.ndim == 1:
                 parameter.sub_(1.0)  # its norms multiply by 1 + weight
         for name, buffer in model.named_buffers():

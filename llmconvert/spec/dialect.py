@@ -64,7 +64,7 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
 
 def keys_read(spec: Spec) -> set[str]:
     """Every config key the spec understands."""
-    return {key for f in spec.fields for key in f.keys} | set(spec.ignores) | set(spec.constants)
+    return {key for f in spec.fields for key in f.keys} | set(spec.ignores) | set(spec.constants) | set(spec.requires)
 
 
 def read_config(spec: Spec, config: Mapping[str, Any], names: Iterable[str] | None = None) -> CanonicalConfig:
@@ -80,6 +80,7 @@ def read_config(spec: Spec, config: Mapping[str, Any], names: Iterable[str] | No
         Refused: a key nobody reads changes the maths.
     """
     keys.check_unread(config, keys_read(spec), spec.name)
+    keys.check_required(config, spec.requires, spec.name)
     values: dict[str, Any] = {}
     for f in spec.fields:
         try:
@@ -234,7 +235,7 @@ def write_config(spec: Spec, config: CanonicalConfig, carried: Mapping[str, Any]
     head: dict[str, Any] = {"architectures": [spec.architectures[0]], "model_type": spec.model_types[0]}
     # An absent token id would be filled in by the target class with one of its own.
     head |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return {**head, **carried, **dict(spec.constants), **own, "torch_dtype": TO_NAME.get(dtype, "float32")}
+    return {**head, **carried, **spec.constants, **spec.requires, **own, "torch_dtype": TO_NAME.get(dtype, "float32")}
 
 
 def emit(spec: Spec, model: CanonicalModel) -> dict[str, Expression]:

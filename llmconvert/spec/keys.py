@@ -52,6 +52,23 @@ def check_unread(config: Mapping[str, Any], read: set[str], spec: str) -> None:
         )
 
 
+def check_required(config: Mapping[str, Any], required: Mapping[str, Any], spec: str) -> None:
+    """Refuse values that change the maths and that the spec does not describe.
+
+    Raises:
+        Refused: naming all of them.
+    """
+    odd = [
+        f"`{k}` = {config[k]!r}" for k, value in required.items() if config.get(k) is not None and config[k] != value
+    ]
+    if odd:
+        raise Refused(
+            f"config.json sets {', '.join(odd)}, which changes what the model computes and spec `{spec}` does not describe",
+            where="config.json",
+            hint="only the published form of the architecture is converted",
+        )
+
+
 def _neutral(key: str, config: Mapping[str, Any], neutral: tuple[Any, ...]) -> bool:
     value = config[key]
     if key == "sliding_window" and config.get("use_sliding_window") is False:

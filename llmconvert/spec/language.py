@@ -104,6 +104,8 @@ class Spec:
         holds: traits it can have as a target.
         always: traits it has as a target whatever the model.
         coupled: groups of traits it has together or not at all.
+        requires: keys that change the maths, with the only value the spec describes: another one is refused, an absent
+            one means it; it is written too.
         constants: keys written with a fixed value.
         ignores: keys its own code reads that change nothing a conversion must keep.
         notes: remarks for the report.
@@ -124,6 +126,7 @@ class Spec:
     holds: frozenset[str] = frozenset()
     always: frozenset[str] = frozenset()
     coupled: tuple[tuple[str, ...], ...] = ()
+    requires: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     ignores: tuple[str, ...] = ()
     notes: tuple[Note, ...] = ()
