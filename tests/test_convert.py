@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoints
 import pytest
 import torch
 
+from llmconvert.canonical import lowerings
+from llmconvert.canonical.model import CanonicalModel
 from llmconvert.converters.huggingface import convert
 from llmconvert.verify.logits import compare_logits
 
@@ -91,3 +94,25 @@ def test_any_to_any(source_arch: str, target: str, tmp_path: Path) -> None:
     source = checkpoints.make(source_arch, tmp_path / "src", **overrides)
     convert(source, tmp_path / "dst", to=target)
     assert compare_logits(source, tmp_path / "dst").relative <= 1e-5
+
+
+# Each quirk, converted as if it were not there: the control that shows the comparison would notice.
+QUIRKS = [
+    ("chatglm2", "interleaved_rotary"), ("chatglm2", "partial_rotary"), ("glm", "interleaved_rotary"),
+    ("ernie4_5", "interleaved_rotary"), ("phi3_partial", "partial_rotary"), ("baichuan2", "norm_head"),
+    ("gemma", "unit_offset_norm"), ("gemma", "rounded_embedding_multiplier"), ("granite", "embedding_multiplier"),
+    ("granite", "residual_multiplier"), ("granite", "logits_scaling"), ("granite", "attention_multiplier"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "trait"), QUIRKS)
+def test_every_quirk_matters(arch: str, trait: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = lowerings.REMOVE[trait]
+
+    def forget(model: CanonicalModel) -> CanonicalModel:
+        return replace(model, config=step.apply(model).config)
+
+    monkeypatch.setitem(lowerings.REMOVE, trait, replace(step, apply=forget))
+    source = checkpoints.make(arch, tmp_path / "src")
+    convert(source, tmp_path / "dst", to="llama", verify="none")
+    assert compare_logits(source, tmp_path / "dst").relative > 1e-2
