@@ -2,7 +2,7 @@
 
 Source: modeling_baichuan.py published with baichuan-inc/Baichuan-7B and Baichuan2-7B-Base. The 7B of version 1 is
 `BaiChuanForCausalLM`; `BaichuanForCausalLM` with rotary embeddings is version 2, whose head (NormHead) is normalised
-at inference. The 13B models state no `max_position_embeddings`.
+at inference; so is the head of anything with version 2's vocabulary of 125,696. The 13B models state no `max_position_embeddings`.
 """
 
 from llmconvert.canonical.model import K, Q, V
@@ -19,7 +19,7 @@ SPEC = Spec(
         Field("max_position_embeddings", "max_position_embeddings", aliases=("model_max_length",)),
         Rope(fixed=10_000.0, scaling=()),
         HeadDim(None),
-        ByArchitecture("norm_head", ("BaichuanForCausalLM",)),
+        ByArchitecture("norm_head", ("BaichuanForCausalLM",), or_key=("vocab_size", 125_696)),
         WithoutKey("alibi", "max_position_embeddings"),
         Fixed("tie_word_embeddings", False, keys=("tie_word_embeddings",)),
         Fixed("qkv_bias o_bias mlp_bias", False),

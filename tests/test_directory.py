@@ -274,3 +274,39 @@ def test_manifest_records_what_was_done(tmp_path: Path) -> None:
     assert set(manifest["tensors"]) == set(checkpoints.tensors(tmp_path / "dst"))
     assert all(entry["size"] for entry in manifest["source_files"].values())
     assert str(tmp_path) not in json.dumps(manifest)
+
+
+@pytest.mark.parametrize("arch", ["gemma", "granite", "baichuan2", "glm"])
+def test_logits_are_proved_in_bfloat16_too(arch: str, tmp_path: Path) -> None:
+    source = checkpoints.make(arch, tmp_path / "src", dtype=torch.bfloat16)
+    report = convert(source, tmp_path / "dst", to="llama", verify="logits")
+    assert report.logits is not None and report.logits["verdict"]
+    assert report.logits["tolerance"] == (1e-4 if arch == "glm" else 0.1)
+
+
+def test_norm_head_by_vocabulary(tmp_path: Path) -> None:
+    source = checkpoints.make("baichuan", tmp_path / "src", vocab_size=125696, hidden_size=12, intermediate_size=8)
+    assert "norm_head" in inspect(source)["traits"]
+    convert(source, tmp_path / "dst", to="llama", verify="logits")
+
+
+def test_remote_code_is_never_run(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "odd",
+                "vocab_size": 9,
+                "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"},
+            }
+        )
+    )
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'owned')!r}, 'w').close()\n")
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-m", "llmconvert", "verify", str(tmp_path), str(tmp_path)],
+        cwd=ROOT, capture_output=True, text=True, input="y\n" * 9,
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert not (tmp_path / "owned").exists()

@@ -195,10 +195,11 @@ class SoftmaxScale:
 
 @dataclass(frozen=True)
 class ByArchitecture:
-    """A boolean told by config.json's `architectures`: true for the names given."""
+    """A boolean told by config.json's `architectures`: true for the names given, or where a key has a telling value."""
 
     attribute: str
     names: tuple[str, ...]
+    or_key: tuple[str, Any] | None = None
     keys: tuple[str, ...] = ()
 
     @property
@@ -207,8 +208,9 @@ class ByArchitecture:
         return (self.attribute,)
 
     def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether the config names one of the architectures."""
-        return {self.attribute: bool(set(config.get("architectures") or ()) & set(self.names))}
+        """Whether the config names one of the architectures, or has the value."""
+        told = self.or_key is not None and config.get(self.or_key[0]) == self.or_key[1]
+        return {self.attribute: told or bool(set(config.get("architectures") or ()) & set(self.names))}
 
     def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
         """Nothing to write: the spec's own `architectures` says it.

@@ -73,7 +73,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: str) -> nn.Module:
     options = {"dtype" if release >= (4, 56) else "torch_dtype": dtype, "attn_implementation": "eager"}
     try:
         loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, local_files_only=True, output_loading_info=True, **options
+            directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except (ValueError, KeyError) as error:
         raise Refused(f"transformers cannot load it: {str(error).splitlines()[0]}", where=str(directory)) from None
