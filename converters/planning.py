@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,9 @@ def plan_conversion(
     _refuse_early(config, target, known)
     lifted = lift(spec, checkpoint, config)
     model, steps = _lower(_input_dtype(lifted.model, code), target, known, checkpoint)
-    tensors = {name: cast(e, code or e.dtype) for name, e in emit(target, model).items()}
+    if code:
+        model = replace(model, tensors={name: cast(e, code) for name, e in model.tensors.items()})
+    tensors = emit(target, model)
     written_dtype = code or _dominant(tensors)
     try:
         texts, notes = _texts(checkpoint, spec, target, model.config, written_dtype)

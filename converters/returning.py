@@ -21,17 +21,18 @@ def return_pairs(conversion: Conversion, output: Checkpoint) -> list[Pair]:
     """
     back = lift(conversion.target, output, read_config(conversion.target, output.config, output.tensors)).model
     lossy: set[str] = set()
-    rounded: set[str] = set()
     for step, before in reversed(conversion.steps):
         if step.undo is None:
             back = CanonicalModel(before, {**conversion.lifted.model.tensors, **_known(back, step.lossy)})
             lossy |= {name for name in conversion.lifted.model.tensors if name.rpartition(".")[0] in step.lossy}
         else:
             back = step.undo(back, before)
+    floors: dict[str, float] = {}
     for name, expression in conversion.model.tensors.items():
-        if any(isinstance(node, Scale | Shift) for node in walk(expression)):
-            rounded.add(name)
-    return _pair(conversion, back, output, lossy, rounded)
+        for node in walk(expression):
+            if isinstance(node, Scale | Shift):
+                floors[name] = max(floors.get(name, 0.0), abs(node.offset) if isinstance(node, Shift) else 0.0)
+    return _pair(conversion, back, output, lossy, floors)
 
 
 def _known(model: CanonicalModel, lossy: tuple[str, ...]) -> dict[str, Expression]:
@@ -39,7 +40,7 @@ def _known(model: CanonicalModel, lossy: tuple[str, ...]) -> dict[str, Expressio
 
 
 def _pair(
-    conversion: Conversion, back: CanonicalModel, output: Checkpoint, lossy: set[str], rounded: set[str]
+    conversion: Conversion, back: CanonicalModel, output: Checkpoint, lossy: set[str], floors: dict[str, float]
 ) -> list[Pair]:
     config = conversion.lifted.model.config
     pairs = []
@@ -48,14 +49,17 @@ def _pair(
             continue
         source = stored(conversion.checkpoint.tensors[binding.stored])
         returned = binding.put_together(back.tensors, config)
-        promise = ROUNDED if set(binding.parts) & rounded else BITWISE
+        rounded = [floors[name] for name in binding.parts if name in floors]
+        promise = ROUNDED if rounded else BITWISE
         if returned.dtype != source.dtype:
             if ITEMSIZE[returned.dtype] > ITEMSIZE[source.dtype]:
                 returned = cast(returned, source.dtype)
             else:
                 source = cast(source, returned.dtype)
-        pairs.append(Pair(binding.stored, source, returned, promise))
-    for planned in conversion.plan.tensors:
-        if planned.name.rpartition(".")[0] in {name.rpartition(".")[0] for name in lossy}:
-            pairs.append(Pair(planned.name, planned.expression, stored(output.tensors[planned.name]), ONE_WAY))
+        pairs.append(Pair(binding.stored, source, returned, promise, max(rounded, default=0.0)))
+    planned = {tensor.name: tensor.expression for tensor in conversion.plan.tensors}
+    for binding in bind(conversion.target, conversion.model.config):
+        if set(binding.parts) & lossy:
+            name = binding.stored
+            pairs.append(Pair(name, planned[name], stored(output.tensors[name]), ONE_WAY))
     return pairs

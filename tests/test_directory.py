@@ -310,3 +310,37 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
     assert not (tmp_path / "owned").exists()
+
+
+def test_mixed_dtypes_that_would_be_packed(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    from llmconvert.errors import Refused
+
+    source = checkpoints.make("llama_mha", tmp_path / "src", shards=1, dtype=torch.bfloat16)
+    state = checkpoints.tensors(source)
+    state["model.layers.1.self_attn.k_proj.weight"] = state["model.layers.1.self_attn.k_proj.weight"].float()
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Refused, match="different dtypes"):
+        convert(source, tmp_path / "dst", to="phi3")
+    for dtype in ("float32", "bfloat16"):
+        report = convert(source, tmp_path / dtype, to="phi3", dtype=dtype)
+        assert report.roundtrip is not None and report.roundtrip["bitwise"] == len(state)
+
+
+def test_a_folded_head_is_checked_under_any_name(tmp_path: Path) -> None:
+    source = checkpoints.make("baichuan2", tmp_path / "src")
+    report = convert(source, tmp_path / "dst", to="internlm2")
+    assert report.roundtrip is not None and report.roundtrip["one_way"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out", [None, "bfloat16", "float32"])
+def test_small_norms_fold_too(dtype: torch.dtype, out: str | None, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = checkpoints.make("gemma", tmp_path / "src", shards=1, dtype=dtype)
+    state = {n: t * 0.001 if t.ndim == 1 else t for n, t in checkpoints.tensors(source).items()}
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    report = convert(source, tmp_path / "dst", to="llama", dtype=out)
+    assert report.roundtrip is not None and report.roundtrip["rounded"] == 8

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from llmconvert.canonical import model as canonical
 from llmconvert.canonical.model import CanonicalConfig
+from llmconvert.checkpoint.dtypes import TO_NAME
+from llmconvert.errors import Refused
 from llmconvert.spec.language import Row, Spec
 from llmconvert.tensors.expressions import Expression, Shape, concat, gather, interleave, rows
 
@@ -53,8 +55,18 @@ class Binding:
         return result
 
     def put_together(self, tensors: Mapping[str, Expression], config: CanonicalConfig) -> Expression:
-        """The stored tensor as an expression over the canonical ones."""
+        """The stored tensor as an expression over the canonical ones.
+
+        Raises:
+            Refused: they are of different dtypes and cannot be packed into one tensor as they are.
+        """
         parts = [tensors[name] for name in self.parts]
+        if len({part.dtype for part in parts}) > 1:
+            kinds = ", ".join(f"`{n}` {TO_NAME.get(p.dtype, p.dtype)}" for n, p in zip(self.parts, parts, strict=True))
+            raise Refused(
+                f"`{self.stored}` would pack tensors of different dtypes ({kinds})",
+                hint="choose one for all with `--dtype float32` or `--dtype bfloat16`",
+            )
         if len(parts) == 1:
             return parts[0]
         return interleave(parts, self._chunks(config)) if self.row.pack == "grouped" else concat(parts)

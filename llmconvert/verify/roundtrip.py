@@ -29,12 +29,14 @@ class Pair:
         returned: what comes back.
         promise: BITWISE; ROUNDED (equal but for one rounding each way); ONE_WAY (does not come back: the output is
             compared with the rewrite applied to the source once more).
+        floor: least magnitude the rounding is measured against: a number added before rounding costs bits of its own.
     """
 
     name: str
     source: Expression
     returned: Expression
     promise: str
+    floor: float = 0.0
 
 
 @dataclass
@@ -108,7 +110,7 @@ class _Comparison:
                 hint="the output was not published; please report this with the command",
             )
         a, b = (to_torch(np.ascontiguousarray(x), pair.source.dtype).double() for x in (left, right))
-        scale = float(a.abs().max()) or 1.0
+        scale = max(float(a.abs().max()), pair.floor) or 1.0
         error = float((a - b).abs().max()) / scale
         if not error <= _TOLERANCE[pair.source.dtype]:
             raise ProofFailed(f"the round trip fails at `{pair.name}`, near row {row}: off by {error:.2g} of its scale")
