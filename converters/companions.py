@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmconvert.checkpoint.directory import Checkpoint, read_json
+from llmconvert.checkpoint.directory import Checkpoint, read_json, stays_inside
 from llmconvert.engine.journal import PRIVATE
 from llmconvert.engine.manifest import MANIFEST
 
@@ -100,7 +100,9 @@ def companions(checkpoint: Checkpoint) -> Companions:
         if name.endswith(".py") and name not in needed:
             left[name] = "model code of the source architecture"
             continue
-        if path.is_file():
+        if not stays_inside(directory, path):
+            left[name] = "a symlink that leaves the checkpoint"
+        elif path.is_file():
             copies[name] = path
     texts, notes = _tokenizer_map(checkpoint, needed)
     return Companions(copies, left, texts, notes)

@@ -45,6 +45,8 @@ def _furnish(source: Path) -> None:
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "training_args.bin").write_bytes(b"x")
     (source / "assets").mkdir()
+    (source.parent / "secret").write_text("not yours")
+    (source / "NOTES.md").symlink_to(source.parent / "secret")
 
 
 def test_companions(tmp_path: Path) -> None:
@@ -55,9 +57,15 @@ def test_companions(tmp_path: Path) -> None:
     for kept in ("tokenizer_config.json", "tokenization_qwen.py", "qwen_words.py", "qwen.tiktoken", "LICENSE",
                  "chat_template.jinja", "generation_config.json"):  # fmt: skip
         assert (tmp_path / "dst" / kept).read_bytes() == (source / kept).read_bytes()
-    assert not names & {"modeling_qwen.py", "configuration_qwen.py", "training_args.bin", "assets"}
+    assert not names & {"modeling_qwen.py", "configuration_qwen.py", "training_args.bin", "assets", "NOTES.md"}
     assert not any("pytorch_model" in name for name in names)
-    assert set(report.not_carried) == {"modeling_qwen.py", "configuration_qwen.py", "training_args.bin", "assets/"}
+    assert set(report.not_carried) == {
+        "modeling_qwen.py",
+        "configuration_qwen.py",
+        "training_args.bin",
+        "assets/",
+        "NOTES.md",
+    }
     config = json.loads((tmp_path / "dst" / "config.json").read_text())
     assert "auto_map" not in config
     index = json.loads((tmp_path / "dst" / "model.safetensors.index.json").read_text())

@@ -77,14 +77,19 @@ def _shard_path(directory: Path, name: Any, index: str) -> Path:
     path = directory / name
     if not path.is_file():
         raise BadInput(f"the index names `{name}`, which is not there", where=where, hint="download the missing shard")
+    if not stays_inside(directory, path):
+        raise BadInput(
+            f"`{name}` is a symlink that leaves the checkpoint ({path.resolve()})", where=where, hint="copy the file in"
+        )
+    return path
+
+
+def stays_inside(directory: Path, path: Path) -> bool:
+    """Whether a file of a checkpoint, its links followed, is still one of the checkpoint's own."""
     root, real = directory.resolve(), path.resolve()
     # The hub cache keeps snapshots/REVISION/* as links into blobs/ of the same repository.
     allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
-    if not any(real.is_relative_to(folder) for folder in allowed):
-        raise BadInput(
-            f"`{name}` is a symlink that leaves the checkpoint ({real})", where=where, hint="copy the file in"
-        )
-    return path
+    return any(real.is_relative_to(folder) for folder in allowed)
 
 
 def _read_file(path: Path) -> dict[str, StoredTensor]:
