@@ -10,7 +10,7 @@ from typing import Any
 
 from llmconvert.checkpoint.directory import Checkpoint, read_json, stays_inside
 from llmconvert.engine.journal import PRIVATE
-from llmconvert.engine.manifest import MANIFEST
+from llmconvert.engine.manifest import MANIFEST, REPORT
 
 _WEIGHTS = (
     ".safetensors",
@@ -89,7 +89,7 @@ def companions(checkpoint: Checkpoint) -> Companions:
             elif not name.startswith("."):
                 left[name + "/"] = "a folder: not part of the checkpoint"
             continue
-        if name in PRIVATE or name in ("config.json", MANIFEST, "llmconvert-report.json") or name.startswith("."):
+        if name in PRIVATE or name in ("config.json", MANIFEST, REPORT) or name.startswith("."):
             continue
         if name.endswith(".index.json"):
             continue

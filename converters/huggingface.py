@@ -11,10 +11,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmconvert.canonical.step import EXACT
 from llmconvert.checkpoint.directory import open_checkpoint
 from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.converters.planning import Conversion, elsewhere, plan_conversion
+from llmconvert.converters.proofs import (
+    LOGITS,
+    NONE,
+    Proving,
+    check_provable,
+    prove_logits,
+    require_logits,
+    write_record,
+)
 from llmconvert.converters.returning import return_pairs
 from llmconvert.engine import manifest
 from llmconvert.engine.execute import Executor, check_space
@@ -51,6 +59,7 @@ class Report:
     published: bool = False
     roundtrip: dict[str, Any] | None = None
     logits: dict[str, Any] | None = None
+    failure: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,13 +99,14 @@ def convert(
     spec_file: Path | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
-    verify: str = "weights",
+    verify: str = "logits",
     workers: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
     dry_run: bool = False,
     sync: bool = True,
     device: str = "auto",
+    load: str = "auto",
     accept: Callable[[Registry, Spec], None] = lambda known, spec: None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
@@ -116,15 +126,15 @@ def convert(
         resume: go on with an unfinished run.
         dry_run: plan, check the data the plan relies on, and write nothing.
         sync: have the disk confirm every byte before publishing.
-        device: where logits are computed.
+        device: where logits are computed: auto, cpu, cuda, cuda:1.
+        load: how models are loaded for that: whole, by layers, or auto.
         accept: called with the registry and the detected spec, to refuse it.
         progress: called as bytes are done.
 
     Raises:
         LlmconvertError: of the kind that fits; the source is untouched and `destination` is not made.
     """
-    if verify not in ("none", "weights", "logits"):
-        raise Usage(f"`{verify}` is not a way to verify", hint="choose none, weights or logits")
+    proving = Proving(verify, device, load)
     if workers is not None and workers < 1:
         raise Usage("`--workers` must be at least 1")
     target_dir = Path(destination)
@@ -144,8 +154,9 @@ def convert(
     if dry_run:
         return report
     check_destination(conversion.checkpoint.path, target_dir, overwrite=overwrite)
-    return _run(conversion, target_dir, report, verify, workers or min(os.cpu_count() or 1, 8), overwrite, resume, sync,
-                device, progress)  # fmt: skip
+    check_provable(conversion, proving)
+    return _run(conversion, target_dir, report, proving, workers or min(os.cpu_count() or 1, 8), overwrite, resume, sync,
+                progress)  # fmt: skip
 
 
 def _check_data(conversion: Conversion) -> None:
@@ -162,8 +173,8 @@ def _check_data(conversion: Conversion) -> None:
 
 
 def _run(
-    conversion: Conversion, destination: Path, report: Report, verify: str, workers: int, overwrite: bool, resume: bool,
-    sync: bool, device: str, progress: Progress,
+    conversion: Conversion, destination: Path, report: Report, proving: Proving, workers: int, overwrite: bool,
+    resume: bool, sync: bool, progress: Progress,
 ) -> Report:  # fmt: skip
     plan = conversion.plan
     space = Workspace(destination, plan.identity, resume=resume, restart=overwrite)
@@ -178,21 +189,33 @@ def _run(
         total = sum(output.expression.nbytes for output in plan.tensors)
         checksums = Executor(plan, space, workers, _stage(progress, "write", total)).run()
         found: RoundTrip | None = None
-        if verify != "none":
+        if proving.verify != NONE:
             pairs = return_pairs(conversion, open_checkpoint(space.path))
             amount = sum(pair.source.nbytes for pair in pairs)
-            found = compare(pairs, workers, _stage(progress, "verify", amount))
+            try:
+                found = compare(pairs, workers, _stage(progress, "verify", amount))
+            except ProofFailed as error:
+                write_record(space.path, replace(report, failure=error.what).to_dict())
+                raise
             _check_written(checksums, plan)
         (space.path / manifest.MANIFEST).write_bytes(
             manifest.build(plan, checksums, found.source_digests if found else {})
         )
-        logits = _prove_logits(conversion, space.path, device) if verify == "logits" else None
+        trip = None if found is None else {k: v for k, v in asdict(found).items() if k != "source_digests"}
+        report = replace(report, roundtrip=trip)
+        if proving.verify == LOGITS:
+            shown = lambda done, layers: progress("logits", done * total // layers, total)  # noqa: E731
+            logits = prove_logits(conversion, space.path, proving, shown)
+            report = replace(report, logits=logits, failure=None if logits["verdict"] else logits["reason"])
+            write_record(space.path, report.to_dict())
+            require_logits(logits, conversion.checkpoint.path, space.path)
+        report = replace(report, published=True)
+        write_record(space.path, report.to_dict())
         space.finish()
         publish(space.path, destination, sync=sync)
     finally:
         space.close()
-    trip = None if found is None else {k: v for k, v in asdict(found).items() if k != "source_digests"}
-    return replace(report, published=True, roundtrip=trip, logits=logits)
+    return report
 
 
 def _stage(progress: Progress, name: str, total: int) -> Callable[[int], None]:
@@ -211,28 +234,3 @@ def _stage(progress: Progress, name: str, total: int) -> Callable[[int], None]:
 def _check_written(checksums: Mapping[str, str], plan: Plan) -> None:
     missing = [region.key for region in plan.regions() if region.key not in checksums]
     assert not missing, missing
-
-
-_ROUNDED_LOGITS = {"BF16": 0.1, "F16": 0.02}
-"""Largest relative difference of logits where weights had to be rounded to 16 bits.
-
-Not derived: set above the largest seen on tiny models (4.7e-2, Gemma in bfloat16). A gross check only."""
-
-
-def _prove_logits(conversion: Conversion, output: Path, device: str) -> dict[str, Any]:
-    from llmconvert.verify.logits import compare_logits
-
-    exact = all(step.exactness == EXACT for step, _ in conversion.steps)
-    kinds = {tensor.dtype for tensor in conversion.checkpoint.tensors.values()}
-    written = {t.expression.dtype for t in conversion.plan.tensors}
-    rtol = 1e-4
-    if not exact or not written <= kinds:
-        rtol = max([rtol, *(_ROUNDED_LOGITS[dtype] for dtype in written if dtype in _ROUNDED_LOGITS)])
-    result = compare_logits(conversion.checkpoint.path, output, device=device, rtol=rtol)
-    if not result.verdict:
-        raise ProofFailed(
-            f"the logits differ: {result.reason}",
-            where=str(output),
-            hint=f"look closer with `llmconvert verify {conversion.checkpoint.path} {output}`",
-        )
-    return result.to_dict()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmconvert.errors import Refused
 from llmconvert.verify.reference import find_reference
-from llmconvert.verify.reference.baichuan import BaichuanForCausalLM, alibi_slopes
+from llmconvert.verify.reference.baichuan import BaichuanForCausalLM, NormHead, alibi_slopes
 
 State = dict[str, Tensor]
 LAYERS = 3
@@ -259,7 +259,7 @@ def test_chatglm_stores_its_frequencies() -> None:
 
 def test_norm_head_follows_the_config() -> None:
     def normalises(config: dict[str, Any], norm_head: bool | None = None) -> bool:
-        return bool(BaichuanForCausalLM({**config, "num_hidden_layers": 1}, norm_head).norm_head)
+        return isinstance(BaichuanForCausalLM({**config, "num_hidden_layers": 1}, norm_head).lm_head, NormHead)
 
     first, second, alibi = (checkpoints.REMOTE[arch] for arch in ("baichuan", "baichuan2", "baichuan_13b"))
     assert not normalises(first) and normalises(second) and not normalises(alibi)

@@ -109,7 +109,7 @@ def test_drafted_spec_converts_an_unknown_architecture(tmp_path: Path) -> None:
     file = tmp_path / "novel.py"
     subprocess.run([*run, "new-spec", str(source), "-o", str(file)], cwd=ROOT, check=True, capture_output=True)
     done = subprocess.run(
-        [*run, "convert", str(source), str(tmp_path / "dst"), "--to", "llama", "--spec", str(file)],
+        [*run, "convert", str(source), str(tmp_path / "dst"), "--to", "llama", "--spec", str(file), "--verify", "weights"],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,8 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; e
 ShardSize = Annotated[str, typer.Option(help="largest weight file, such as 5GB or 500MB")]
 Verify = Annotated[str, typer.Option(help="none; weights (ledger and round trip); logits (run both models as well)")]
 Workers = Annotated[int | None, typer.Option(help="threads; as many as processors, at most 8, if absent")]
-Device = Annotated[str, typer.Option(help="where logits are computed: auto, cpu, cuda, cuda:1")]
+Device = Annotated[str, typer.Option(help="where logits are computed: auto (CUDA where there is one), cpu, cuda:1")]
+Load = Annotated[str, typer.Option(help="models for logits: whole, by layers (one block in memory at a time), or auto")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace DST, and discard an unfinished run")]
 Resume = Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the plan and write nothing")]
@@ -73,8 +74,9 @@ def _conversion(to: str | None, accept: Accept) -> Callable[..., None]:
             spec_file: SpecFile = None,
             dtype: Dtype = None,
             max_shard_size: ShardSize = "5GB",
-            verify: Verify = "weights",
+            verify: Verify = "logits",
             device: Device = "auto",
+            load: Load = "auto",
             workers: Workers = None,
             overwrite: Overwrite = False,
             resume: Resume = False,
@@ -94,8 +96,9 @@ def _conversion(to: str | None, accept: Accept) -> Callable[..., None]:
         spec_file: SpecFile = None,
         dtype: Dtype = None,
         max_shard_size: ShardSize = "5GB",
-        verify: Verify = "weights",
+        verify: Verify = "logits",
         device: Device = "auto",
+        load: Load = "auto",
         workers: Workers = None,
         overwrite: Overwrite = False,
         resume: Resume = False,
@@ -111,7 +114,7 @@ def _conversion(to: str | None, accept: Accept) -> Callable[..., None]:
 
 
 _OPTIONS = frozenset(
-    {"spec_file", "dtype", "max_shard_size", "verify", "device", "workers", "overwrite", "resume", "dry_run", "sync",
+    {"spec_file", "dtype", "max_shard_size", "verify", "device", "load", "workers", "overwrite", "resume", "dry_run", "sync",
      "json", "quiet"}
 )  # fmt: skip
 
@@ -184,24 +187,99 @@ def inspect(
 
 @app.command("verify")
 def verify_command(
-    left: Annotated[str, typer.Argument(metavar="A", help="a checkpoint directory")],
-    right: Annotated[str, typer.Argument(metavar="B", help="another")],
-    device: Device = "auto",
-    compute_dtype: Annotated[str, typer.Option(help="float32, float64 or bfloat16")] = "float32",
-    rtol: Annotated[float, typer.Option(help="largest difference allowed, relative to the largest logit")] = 1e-4,
+    left: Annotated[Path, typer.Argument(metavar="A", help="a checkpoint directory")],
+    right: Annotated[Path, typer.Argument(metavar="B", help="another, of any architecture")],
+    device: Annotated[
+        str, typer.Option(help="auto (CUDA where there is one), cpu, cuda:1; or one for A and one for B: cpu,cuda")
+    ] = "auto",
+    compute_dtype: Annotated[
+        str, typer.Option(help="float32; bfloat16 or float16 (what inference will see); float64 (a tight bound)")
+    ] = "float32",
+    load: Load = "auto",
+    attn_implementation: Annotated[
+        str, typer.Option(help="transformers' attention: eager or sdpa; or one for A and one for B")
+    ] = "eager",
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="prompts, one a line: text, or JSON with `text` or `input_ids`")
+    ] = None,
+    greedy_tokens: Annotated[
+        int | None, typer.Option(min=0, help="tokens to continue greedily; 16 if absent and both models fit")
+    ] = None,
+    rounded_to: Annotated[
+        str | None, typer.Option(help="B's weights were rounded to this dtype on purpose: bfloat16 or float16")
+    ] = None,
+    max_abs: Annotated[
+        float | None, typer.Option(help="largest difference of logits allowed, in place of the derived verdict")
+    ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights/--no-weights", help="compare the weights too, in Llama's form")
+    ] = True,
+    report: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="write a page: plot, worst tokens, norms of tensors")
+    ] = None,
+    spec_file: SpecFile = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Run two checkpoints and compare their logits."""
+    """Are two checkpoints the same model? Run both side by side; where they part, say at which layer and tensor.
+
+    The verdict is derived: unless logits are bit-equal both models are run in float64 as well, where equal functions
+    agree to 1e-12 and the rest was rounding. Exit code 5 if they differ.
+    """
+    from llmconvert.cli import render
+    from llmconvert.converters.equality import compare_weights
     from llmconvert.errors import ProofFailed
     from llmconvert.verify.logits import compare_logits
+    from llmconvert.verify.page import render_page
 
-    result = compare_logits(Path(left), Path(right), dtype=compute_dtype, device=device, rtol=rtol)
-    lines = [("same model: " if result.verdict else "NOT the same model: ") + result.reason]
-    lines += [f"  {key:<18}{value:.3g}" if isinstance(value, float) else f"  {key:<18}{value}"
-              for key, value in result.to_dict().items() if key not in ("verdict", "reason")]  # fmt: skip
-    Output(json_mode=json).result(result.to_dict(), "\n".join(lines))
-    if not result.verdict:
-        raise ProofFailed(f"the logits differ: {result.reason}")
+    output = Output(json_mode=json, quiet=quiet)
+    if report is not None and not report.parent.is_dir():
+        raise Usage("the report's directory does not exist", where=str(report.parent))
+    with output.progress("layers") as progress:
+        found = compare_logits(
+            left, right, dtype=compute_dtype, device=device, load=load, attention=attn_implementation,
+            prompts=prompts, greedy_tokens=greedy_tokens, rounded=rounded_to, max_abs=max_abs,
+            progress=lambda done, total: progress("logits", done, total),
+        )  # fmt: skip
+    equality = compare_weights(left, right, spec_file=spec_file).to_dict() if weights else None
+    value = {**found.to_dict(), "weights": equality}
+    output.result(value, render.comparison(value, str(left), str(right)))
+    if report is not None:
+        report.write_text(render_page(value, str(left), str(right), equality), encoding="utf-8")
+    if not found.verdict:
+        if report is None and not json and not quiet:
+            print("hint: add `--report FILE.html` for the differences of every layer", file=sys.stderr)
+        raise typer.Exit(ProofFailed.exit_code)
+
+
+@app.command()
+def roundtrip(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="a checkpoint directory")],
+    to: Annotated[str, typer.Option(help="architecture or family to go through")] = "llama",
+    verify: Verify = "logits",
+    device: Device = "auto",
+    load: Load = "auto",
+    work_dir: Annotated[
+        Path | None, typer.Option(help="where to put two copies of the checkpoint for the time being")
+    ] = None,
+    spec_file: SpecFile = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Convert there and back in a temporary place, with all proofs; nothing is kept. For CI."""
+    from llmconvert.cli import render
+    from llmconvert.converters.roundtrip import round_trip
+    from llmconvert.errors import ProofFailed
+
+    output = Output(json_mode=json, quiet=quiet)
+    with output.progress() as progress:
+        found = round_trip(
+            source, to, work_dir=work_dir, progress=progress, verify=verify, device=device, load=load,
+            spec_file=spec_file,
+        )  # fmt: skip
+    output.result(found.to_dict(), render.there_and_back(found))
+    if not found.verdict:
+        raise typer.Exit(ProofFailed.exit_code)
 
 
 @app.command("new-spec")

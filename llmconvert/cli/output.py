@@ -35,17 +35,17 @@ class Output:
 
             Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(human)
 
-    def progress(self) -> Progress:
-        """A progress display, silent where nobody would see it."""
-        return Progress(enabled=not self.json_mode and not self.quiet)
+    def progress(self, unit: str = "bytes") -> Progress:
+        """A progress display, silent where nobody would see it; what it counts are bytes, or `unit`."""
+        return Progress(enabled=not self.json_mode and not self.quiet, unit=unit)
 
 
 class Progress:
     """Bytes, rate and time left: a bar on a terminal, a line every ten seconds elsewhere."""
 
-    def __init__(self, *, enabled: bool) -> None:
+    def __init__(self, *, enabled: bool, unit: str = "bytes") -> None:
         """See `Output.progress`."""
-        self._enabled = enabled
+        self._enabled, self._unit = enabled, unit
         self._bar: Any = None
         self._tasks: dict[str, Any] = {}
         self._said = time.monotonic()
@@ -55,16 +55,18 @@ class Progress:
         """Start the display."""
         if self._enabled and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
             from rich.progress import Progress as Bar
 
-            columns = (
-                TextColumn("{task.description:>7}"),
-                BarColumn(),
-                DownloadColumn(),
-                TransferSpeedColumn(),
-                TimeRemainingColumn(),
-            )
+            amount = (DownloadColumn(), TransferSpeedColumn()) if self._unit == "bytes" else (MofNCompleteColumn(),)
+            columns = (TextColumn("{task.description:>7}"), BarColumn(), *amount, TimeRemainingColumn())
             self._bar = Bar(*columns, console=Console(stderr=True))
             self._bar.start()
         return self
@@ -85,7 +87,10 @@ class Progress:
                 self._bar.update(self._tasks[stage], completed=done)
             elif time.monotonic() - self._said > 10:
                 self._said = time.monotonic()
-                print(f"{stage}: {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+                amount = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
+                if self._unit != "bytes":
+                    amount = f"{done} of {total} {self._unit}"
+                print(f"{stage}: {amount}", file=sys.stderr, flush=True)
 
 
 def show_error(error: LlmconvertError, *, json_mode: bool) -> None:

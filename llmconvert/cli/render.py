@@ -60,6 +60,73 @@ def report(found: Report, *, dry_run: bool) -> str:
     return "\n".join(lines)
 
 
+_LAYERS_SHOWN = 12
+
+
+def comparison(found: dict[str, Any], first: str, second: str) -> Any:
+    """Two checkpoints' logits, side by side."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    title = Text(
+        "same model" if found["verdict"] else "NOT the same model",
+        style="bold green" if found["verdict"] else "bold red",
+    )
+    parts: list[Any] = [title.append(f": {found['reason']}", style="default not bold")]
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
+    rows = [
+        ("largest difference", f"{found['max_abs']:.3g}, {found['relative']:.2e} of the largest logit, in {found['dtype']}"),
+        ("mean difference", f"{found['mean_abs']:.3g}"),
+        ("rounding explains", _scientific(found["floor"], "nothing to explain")),
+        ("in float64", _scientific(found["exact_relative"], "not needed", found["tolerance"])),
+        ("KL divergence", f"{found['kl_divergence']:.2e} nats a token"),
+        ("agreement", f"top-1 {found['top1_agreement']:.2%}, top-5 {found['top5_agreement']:.2%}, greedy "
+         + ("not run" if found["greedy_agreement"] is None else f"{found['greedy_agreement']:.0%}")),
+        ("compared", f"{found['num_tokens']} tokens on {' and '.join(dict.fromkeys(found['devices']))}, "
+         f"models {'whole' if found['load'] == 'whole' else 'by layers'}, {found['seconds']} s"),
+    ]  # fmt: skip
+    if found.get("weights"):
+        rows.append(("weights", f"{found['weights']['kind']}: {found['weights']['reason']}"))
+    if found["note"]:
+        rows.append(("note", found["note"]))
+    for name, value in rows:
+        table.add_row(name, value)
+    parts.append(table)
+    if found["departures"]:
+        departures = Table(title="where they part", title_justify="left", box=None, padding=(0, 2, 0, 2))
+        for column in ("place", "difference", "what the numbers say", "tensors of the second"):
+            departures.add_column(column, overflow="fold")
+        for d in found["departures"][:_LAYERS_SHOWN]:
+            place = d["part"] if d["layer"] is None else f"layer {d['layer']}, {d['part']}"
+            departures.add_row(place, f"{d['difference']:.1e}", d["why"], ", ".join(d["second"]))
+        parts.append(departures)
+        if len(found["departures"]) > _LAYERS_SHOWN:
+            parts.append(
+                f"  … and {len(found['departures']) - _LAYERS_SHOWN} more places (`--json` and `--report` have all)"
+            )
+    return Group(*parts)
+
+
+def _scientific(value: float | None, otherwise: str, allowed: float | None = None) -> str:
+    if value is None:
+        return otherwise
+    return f"{value:.2e}" + (f", {allowed:.1e} allowed" if allowed is not None else "")
+
+
+def there_and_back(found: Any) -> str:
+    """A trip there and back."""
+    lines = [
+        f"{found.there.source_architecture} → {found.there.target_architecture} → {found.back.target_architecture}: {found.reason}"
+    ]
+    for name, report in (("there", found.there), ("back", found.back)):
+        logits = report.logits["reason"] if report.logits else "not compared"
+        lines.append(f"  {name:<6}{len(report.steps)} rewrites, ledger closed; logits: {logits}")
+    if found.different:
+        lines.append(f"  different: {', '.join(found.different[:8])}")
+    return "\n".join(lines)
+
+
 def inspection(found: dict[str, Any]) -> str:
     """What a checkpoint is."""
     lines = [f"{found['path']}"]

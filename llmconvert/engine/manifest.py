@@ -16,6 +16,8 @@ from llmconvert.errors import BadInput, Usage
 from llmconvert.tensors.evaluate import MOVE_BYTES, Reader
 
 MANIFEST = "llmconvert.json"
+REPORT = "llmconvert-report.json"
+"""What was proved of an output; not part of what the manifest covers."""
 
 
 def source_digests(plan: Plan, digests: Mapping[str, str]) -> dict[str, dict[str, Any]]:

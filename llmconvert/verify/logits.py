@@ -1,23 +1,49 @@
-"""Compare two checkpoints as models: the same tokens through both, the logits side by side."""
+"""Compare two checkpoints as models: the same tokens through both, and a verdict that is derived, not set.
+
+Two codes for one function differ by rounding, and how much depends on the model. So where two models' logits are not
+bit-equal, both are run once more in float64 throughout. What is left there is a difference of the functions; what went
+away was rounding, and its size in the first run is the floor that this pair had.
+"""
 
 from __future__ import annotations
 
 import gc
+import math
 import os
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmconvert.checkpoint.directory import open_checkpoint
 from llmconvert.errors import Usage
-from llmconvert.verify.models import load_model
+from llmconvert.verify.layerwise import LayerwiseModel
+from llmconvert.verify.models import FileWeights, read_config
+from llmconvert.verify.probes import FAR_POSITION, Probe, make_probes, padded, token_texts
+from llmconvert.verify.sweep import Departure, LayerDifference, Sweep, sweep
 
-_LENGTHS = (5, 17, 33)
-_GREEDY_TOKENS = 16
-_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GREEDY_TOKENS, _GREEDY_PROMPT = 16, 5
+_CHUNK = 64
+_WORST = 8
+
+_SLACK = 2.0**10
+"""How far beyond float64's share of the measured rounding two equal functions may be.
+
+float64 rounds 2^29 times finer than float32; equal functions have been seen within 2^4 of that share, and the smallest
+fault (one weight moved by one float32 unit in the last place) is beyond 2^15. Any figure between gives the same verdicts."""
+
+_ROUNDING_SLACK = 4.0
+"""How far beyond one random rounding's effect another may be, at the logits and at every half of every layer.
+
+Both are largest differences over the same tokens, and the random one moves more than rounding does; see `_disturb`."""
+
+BIT_EQUAL, REORDERED, ROUNDED, DIFFERENT, NOT_FINITE = (
+    "bit-equal", "equal to rounding", "weights rounded", "different", "not finite",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,19 +51,34 @@ class LogitsReport:
     """How far two models' logits are apart.
 
     Attributes:
-        verdict: whether every logit is finite and `relative` is within `tolerance`.
+        verdict: whether they are the same model.
+        kind: bit-equal; equal to rounding (float64 sees no difference); weights rounded (as far apart as rounding the
+            weights that were rounded explains); different; not finite.
         reason: the verdict in words.
-        max_abs, mean_abs: differences of logits.
+        max_abs, mean_abs: differences of logits, computed in `dtype`.
         relative: max_abs over the largest logit of the first model.
+        floor: what rounding in `dtype` explains of `relative`: both models' distance from themselves in float64; None
+            where it was not needed.
+        exact_relative: the largest difference in float64 throughout, over the largest logit; None where not needed.
+        tolerance: the largest `exact_relative` of equal functions, or with rounded weights; None where not needed.
+        max_abs_allowed: the user's own limit on `max_abs`, in place of the derived one; or None.
         kl_divergence: mean KL(first || second) a token, in nats.
         top1_agreement, top5_agreement: share of tokens whose best one, and set of five best, agree.
-        greedy_agreement: share of 16 greedily continued tokens that agree.
+        greedy_agreement: share of greedily continued tokens that agree up to the first that does not; None if not run.
         num_tokens: tokens compared.
-        tolerance: the largest `relative` allowed.
-        dtype, device: how it was computed.
+        layers: differences a layer, in float64 if that was run, else in `dtype`.
+        departures: where the second model computes something else, in order; empty if the verdict is good.
+        note: what could not be compared.
+        worst_tokens: those with the largest differences.
+        norms: place, and the norms of the tensors used there, of the first and the second model.
+        probes: what was run.
+        dtype, devices, load, attention: how it was computed.
+        versions: of torch and transformers.
+        seconds: it took.
     """
 
     verdict: bool
+    kind: str
     reason: str
     max_abs: float
     mean_abs: float
@@ -45,85 +86,83 @@ class LogitsReport:
     kl_divergence: float
     top1_agreement: float
     top5_agreement: float
-    greedy_agreement: float
     num_tokens: int
-    tolerance: float
-    dtype: str
-    device: str
+    floor: float | None = None
+    exact_relative: float | None = None
+    tolerance: float | None = None
+    max_abs_allowed: float | None = None
+    greedy_agreement: float | None = None
+    layers: tuple[LayerDifference, ...] = ()
+    departures: tuple[Departure, ...] = ()
+    note: str = ""
+    worst_tokens: tuple[dict[str, Any], ...] = ()
+    norms: tuple[tuple[str, dict[str, float], dict[str, float]], ...] = ()
+    probes: tuple[dict[str, Any], ...] = ()
+    dtype: str = "float32"
+    devices: tuple[str, str] = ("cpu", "cpu")
+    load: str = "whole"
+    attention: tuple[str, str] = ("eager", "eager")
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Probe:
-    input_ids: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
+def _pair(value: str, what: str) -> tuple[str, str]:
+    parts = [part.strip() for part in value.split(",")]
+    if len(parts) > 2 or not all(parts):
+        raise Usage(f"`{value}` is not a {what}, nor two of them with a comma between")
+    return parts[0], parts[-1]
 
 
-def _probes(vocab_size: int, longest: int, seed: int, padded: bool = True) -> list[_Probe]:
-    """Seeded random ids: a left-padded batch of several lengths, and a row whose positions reach far.
+def resolve_device(name: str) -> str:
+    """A device torch has: `auto` is CUDA where there is one.
 
-    Without `padded` the rows of the batch come one by one, the longest first.
+    Raises:
+        Usage: there is no such device here.
     """
-    generator = torch.Generator().manual_seed(seed)
-    width = max(n for n in _LENGTHS if n <= longest or n == min(_LENGTHS))
-    lengths = [n for n in _LENGTHS if n <= width]
-    ids = torch.randint(0, vocab_size, (len(lengths), width), generator=generator)
-    mask = torch.stack([(torch.arange(width) >= width - n).long() for n in lengths])
-    places = (mask.cumsum(-1) - 1).clamp(min=0)
-    spread = torch.linspace(0, longest - 1, width).long()[None]
-    far = torch.randint(0, vocab_size, (1, width), generator=generator)
-    batch = [_Probe(ids, mask, places)]
-    if not padded:
-        batch = [_Probe(ids[i : i + 1, -n:], mask[i : i + 1, -n:], places[i : i + 1, -n:])
-                 for i, n in reversed(list(enumerate(lengths)))]  # fmt: skip
-    return [*batch, _Probe(far, torch.ones_like(far), spread)]
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise Usage(f"`{name}` is not a device", hint="auto, cpu, cuda or cuda:1") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise Usage(f"there is no device `{name}` here: torch sees {torch.cuda.device_count()} CUDA devices")
+    return name
 
 
-def _forward(model: torch.nn.Module, probe: _Probe, device: str) -> Tensor:
-    out = model(
-        input_ids=probe.input_ids.to(device),
-        attention_mask=probe.attention_mask.to(device),
-        position_ids=probe.position_ids.to(device),
-    )
-    logits: Tensor = getattr(out, "logits", out)
-    return logits[probe.attention_mask.bool().to(logits.device)].double().cpu()
-
-
-def _greedy(model: torch.nn.Module, prompt: Tensor, device: str, common: int) -> list[int]:
-    ids = prompt.to(device)
-    for _ in range(_GREEDY_TOKENS):
-        out = model(input_ids=ids)
-        logits: Tensor = getattr(out, "logits", out)
-        ids = torch.cat((ids, logits[:, -1:, :common].argmax(-1)), dim=1)
-    return [int(token) for token in ids[0, prompt.shape[1] :]]
-
-
-@torch.no_grad()
-def _run(
-    directory: Path, probes: list[_Probe], dtype: torch.dtype, device: str, common: int
-) -> tuple[list[Tensor], list[int]]:
-    model = load_model(directory, dtype, device)
-    logits = [_forward(model, probe, device)[:, :common] for probe in probes]
-    greedy = _greedy(model, probes[0].input_ids[-1:, -min(_LENGTHS) :], device, common)
-    del model
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-    return logits, greedy
-
-
-def _limits(directory: Path) -> tuple[int, int]:
-    config = open_checkpoint(directory).config
-    vocab = config.get("vocab_size") or config.get("padded_vocab_size")
-    if "padded_vocab_size" in config:
-        vocab = config["padded_vocab_size"]
+def limits(config: Mapping[str, Any]) -> tuple[int, int]:
+    """The vocabulary's size, and the number of positions up to which the model is what its code says."""
+    vocab = config.get("padded_vocab_size") or config.get("vocab_size") or 0
     keys = ("seq_length", "n_positions", "max_position_embeddings", "model_max_length", "max_sequence_length")
-    longest = next((config[key] for key in keys if config.get(key)), 2048)
-    return int(vocab or 0), int(longest)
+    longest = next((config[key] for key in keys if config.get(key)), FAR_POSITION)
+    return int(vocab), int(longest)
+
+
+def _free(device: str) -> int:
+    """Bytes free for models."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(torch.device(device))[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _fit_whole(left: Path, right: Path, devices: tuple[str, str]) -> bool:
+    """Whether both models fit in float64, with room to work."""
+    need = [8 * sum(math.prod(shape) for shape in FileWeights(path).shapes.values()) for path in (left, right)]
+    if devices[0] == devices[1]:
+        return sum(need) * 1.5 < _free(devices[0])
+    return all(n * 1.5 < _free(device) for n, device in zip(need, devices, strict=True))
+
+
+def _clean(devices: Sequence[str]) -> None:
+    gc.collect()
+    if any(device.startswith("cuda") for device in devices):
+        torch.cuda.empty_cache()
 
 
 def compare_logits(
@@ -132,70 +171,260 @@ def compare_logits(
     *,
     dtype: str = "float32",
     device: str = "auto",
-    rtol: float = 1e-4,
+    load: str = "auto",
+    attention: str = "eager",
+    prompts: str | os.PathLike[str] | None = None,
+    greedy_tokens: int | None = None,
+    rounded: str | Mapping[str, str] | None = None,
+    max_abs: float | None = None,
     seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> LogitsReport:
-    """Run the same tokens through two checkpoints, one after the other, and compare.
+    """Run the same tokens through two checkpoints, side by side, and compare.
 
     Args:
         left: a checkpoint directory of any architecture transformers or the reference models know.
         right: another.
-        dtype: float32, float64 or bfloat16.
-        device: auto, cpu, cuda or cuda:N.
-        rtol: the largest difference allowed, relative to the first model's largest logit.
+        dtype: to compute in: float32, float64 (throughout), bfloat16 or float16.
+        device: auto, cpu, cuda or cuda:N; or two with a comma between, for the first model and the second.
+        load: `whole` (both models in memory), `layers` (one block at a time), or `auto` (whole where both fit).
+        attention: transformers' attention implementation, such as eager or sdpa; or two with a comma between.
+        prompts: a file of prompts, one a line, in place of the built-in texts.
+        greedy_tokens: how many tokens to continue greedily; None for 16 when whole, none by layers.
+        rounded: the dtype the second checkpoint's weights were rounded to on purpose: one for all, or one a tensor.
+        max_abs: the largest difference of logits allowed, in place of the derived verdict.
         seed: of the random tokens.
+        progress: called with the layers done and their number in all.
 
     Raises:
-        Usage: an unknown dtype, or vocabularies of different size.
+        Usage: an unknown dtype or device, or vocabularies of different size.
         LlmconvertError: a checkpoint cannot be loaded.
     """
-    if dtype not in _DTYPES:
-        raise Usage(f"`{dtype}` is not a dtype to compute in", hint=f"choose {', '.join(_DTYPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    started = time.monotonic()
+    for kind in (dtype, *([rounded] if isinstance(rounded, str) else (rounded or {}).values())):
+        if kind not in _DTYPES:
+            raise Usage(f"`{kind}` is not a dtype to compute in", hint=f"choose {', '.join(_DTYPES)}")
+    if load not in ("auto", "whole", "layers"):
+        raise Usage(f"`{load}` is not a way to load", hint="choose auto, whole or layers")
+    first, second = (resolve_device(name) for name in _pair(device, "device"))
+    devices, attentions = (first, second), _pair(attention, "attention implementation")
     left, right = Path(left), Path(right)
-    (vocab, longest), (other, other_longest) = _limits(left), _limits(right)
+    (vocab, longest), (other, other_longest) = limits(read_config(left)), limits(read_config(right))
     if vocab != other:
         raise Usage(f"the vocabularies differ: {vocab} and {other} tokens", where=f"{left}, {right}")
-    # transformers takes the softmax in float32, where the lowest float64 is -inf: a row of padding would give NaN.
-    probes = _probes(vocab, min(longest, other_longest), seed, padded=dtype != "float64")
-    first, greedy = _run(left, probes, _DTYPES[dtype], device, vocab)
-    second, other_greedy = _run(right, probes, _DTYPES[dtype], device, vocab)
-    return _compare(torch.cat(first), torch.cat(second), greedy, other_greedy, rtol, dtype, device)
-
-
-def _compare(
-    a: Tensor, b: Tensor, greedy: list[int], other_greedy: list[int], rtol: float, dtype: str, device: str
-) -> LogitsReport:
-    difference = (a - b).abs()
-    scale = float(a.abs().max())
-    relative = float(difference.max()) / scale if scale else float(difference.max())
-    log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
-    five = min(5, a.shape[-1])
-    same_five = (a.topk(five).indices.sort(-1).values == b.topk(five).indices.sort(-1).values).all(-1)
-    agree = sum(x == y for x, y in zip(greedy, other_greedy, strict=True)) / len(greedy)
-    finite = bool(a.isfinite().all() and b.isfinite().all())
-    verdict = finite and relative <= rtol
-    if not finite:
-        reason = "some logits are not finite"
-    elif relative == 0.0:
-        reason = "every logit is bit-equal"
-    elif verdict:
-        reason = f"logits agree to {relative:.1e} of their scale (at most {rtol:.1e} allowed)"
-    else:
-        reason = f"logits differ by {relative:.1e} of their scale (at most {rtol:.1e} allowed)"
-    return LogitsReport(
-        verdict=verdict,
-        reason=reason,
-        max_abs=float(difference.max()),
-        mean_abs=float(difference.mean()),
-        relative=relative,
-        kl_divergence=float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
-        top1_agreement=float((a.argmax(-1) == b.argmax(-1)).double().mean()),
-        top5_agreement=float(same_five.double().mean()),
-        greedy_agreement=agree,
-        num_tokens=a.shape[0],
-        tolerance=rtol,
-        dtype=dtype,
-        device=device,
+    whole = load == "whole" or (load == "auto" and _fit_whole(left, right, devices))
+    probes = make_probes(
+        (left, right), vocab, min(longest, other_longest), seed=seed, prompts=None if prompts is None else Path(prompts)
     )
+    runs = _Runs((left, right), devices, attentions, whole, probes, progress)
+    kind = _DTYPES[dtype]
+    count = greedy_tokens if greedy_tokens is not None else (_GREEDY_TOKENS if whole else 0)
+    plain, agreement = runs.compare(kind, greedy_tokens=count, rounded=bool(rounded))
+    metrics = _Metrics(probes, plain.first, plain.second)
+    report = LogitsReport(
+        verdict=True, kind=BIT_EQUAL, reason="every logit is bit-equal", greedy_agreement=agreement,
+        max_abs_allowed=max_abs, note=plain.note, layers=tuple(plain.layers), norms=tuple(plain.norms),
+        probes=tuple(probe.describe() for probe in probes), dtype=dtype, devices=devices, attention=attentions,
+        load="whole" if whole else "layers",
+        versions={"torch": torch.__version__, "transformers": _version("transformers")}, **metrics.fields(),
+    )  # fmt: skip
+    if not metrics.finite:
+        report = replace(report, verdict=False, kind=NOT_FINITE, reason="some logits are not finite")
+    elif metrics.max_abs or kind in (torch.bfloat16, torch.float16):
+        # Equal bits in 16 would hide what 16 bits cannot hold.
+        wide = plain if kind == torch.float64 else runs.compare(torch.float64, rounded=bool(rounded))[0]
+        narrow = runs.forward_both(torch.float32) if kind == torch.float64 else (plain.first, plain.second)
+        report = _judge(report, runs, wide, narrow, kind, rounded)
+    if max_abs is not None and report.kind != NOT_FINITE:
+        within = metrics.max_abs <= max_abs
+        words = f"logits differ by at most {metrics.max_abs:.3g}, {max_abs:.3g} allowed"
+        report = replace(report, verdict=within, reason=f"{words} ({report.reason})")
+    texts = token_texts((left, right), [token["id"] for token in report.worst_tokens]) if report.worst_tokens else None
+    if texts:
+        named = tuple({**token, "text": text} for token, text in zip(report.worst_tokens, texts, strict=True))
+        report = replace(report, worst_tokens=named)
+    return replace(report, seconds=round(time.monotonic() - started, 2))
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+class _Runs:
+    """The runs of a pair: each loads its models anew and lets them go."""
+
+    def __init__(
+        self, paths: tuple[Path, Path], devices: tuple[str, str], attentions: tuple[str, str], whole: bool,
+        probes: list[Probe], progress: Callable[[int, int], None],
+    ) -> None:  # fmt: skip
+        self.paths, self.devices, self.attentions, self.whole = paths, devices, attentions, whole
+        self.probes, self.progress = probes, progress
+
+    def _model(self, side: int, dtype: torch.dtype, rounded: Mapping[str, torch.dtype] | None = None) -> LayerwiseModel:
+        return LayerwiseModel(
+            self.paths[side], dtype, self.devices[side], whole=self.whole, attention=self.attentions[side],
+            rounded=rounded,
+        )  # fmt: skip
+
+    def compare(
+        self, dtype: torch.dtype, *, greedy_tokens: int = 0, rounded: bool = False
+    ) -> tuple[Sweep, float | None]:
+        """Both models side by side; and how far their greedy continuations agree."""
+        models = self._model(0, dtype), self._model(1, dtype)
+        explain = dtype == torch.float64
+        found = sweep(*models, self.probes, explain=explain, rounded=rounded, progress=self.progress)
+        agreement = _greedy(models, self.probes, greedy_tokens) if greedy_tokens else None
+        del models
+        _clean(self.devices)
+        return found, agreement
+
+    def disturb(self, rounded: Mapping[str, torch.dtype]) -> Sweep:
+        """The second model beside itself with some tensors rounded at random."""
+        found = sweep(self._model(1, torch.float64), self._model(1, torch.float64, rounded), self.probes, explain=True)
+        _clean(self.devices)
+        return found
+
+    def forward_both(self, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits of each model alone."""
+        return self.forward(0, dtype), self.forward(1, dtype)
+
+    def forward(self, side: int, dtype: torch.dtype) -> list[Tensor]:
+        """Logits of one model."""
+        logits = [each.cpu() for each in self._model(side, dtype).forward(self.probes)]
+        _clean(self.devices)
+        return logits
+
+
+def _greedy(models: tuple[LayerwiseModel, LayerwiseModel], probes: Sequence[Probe], count: int) -> float:
+    """Share of `count` greedy tokens that agree: once one differs the rest continue different texts."""
+    probe = probes[0]
+    row = probe.input_ids[-1][probe.kept[-1]].tolist()[:_GREEDY_PROMPT]
+    for done in range(count):
+        best = [int(model.forward([padded("greedy", [row])])[0][0, -1].argmax()) for model in models]
+        if best[0] != best[1]:
+            return done / count
+        row.append(best[0])
+    return 1.0
+
+
+def _largest(probes: Sequence[Probe], a: Sequence[Tensor], b: Sequence[Tensor] | None = None) -> float:
+    """max|a - b|, or max|a|, over the tokens that are not padding."""
+    worst = 0.0
+    for k, probe in enumerate(probes):
+        for row in range(probe.input_ids.shape[0]):
+            kept = probe.kept[row]
+            value = a[k][row][kept].double()
+            worst = max(worst, float((value if b is None else value - b[k][row][kept].double()).abs().max()))
+    return worst
+
+
+class _Metrics:
+    """Differences of logits, a few tokens at a time."""
+
+    def __init__(self, probes: Sequence[Probe], a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+        self.max_abs = self.scale = self.total = self.kl = 0.0
+        self.top1 = self.top5 = self.tokens = self.entries = 0
+        self.finite = True
+        self.worst: list[dict[str, Any]] = []
+        for probe, mine, theirs in zip(probes, a, b, strict=True):
+            for row in range(probe.input_ids.shape[0]):
+                places = probe.kept[row].nonzero()[:, 0]
+                for low in range(0, len(places), _CHUNK):
+                    part = places[low : low + _CHUNK]
+                    self._add(probe, row, part, mine[row][part].double(), theirs[row][part].double())
+        self.worst = sorted(self.worst, key=lambda entry: -entry["difference"])[:_WORST]
+
+    def _add(self, probe: Probe, row: int, places: Tensor, a: Tensor, b: Tensor) -> None:
+        if not (a.isfinite().all() and b.isfinite().all()):
+            self.finite = False
+            self.max_abs = math.inf
+            return
+        difference = (a - b).abs()
+        self.max_abs = max(self.max_abs, float(difference.max()))
+        self.scale = max(self.scale, float(a.abs().max()))
+        self.total += float(difference.sum())
+        self.entries += difference.numel()
+        self.tokens += len(places)
+        log_p, log_q = a.log_softmax(-1), b.log_softmax(-1)
+        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+        five = min(5, a.shape[-1])
+        best, others = a.topk(five).indices, b.topk(five).indices
+        self.top1 += int((best[:, 0] == others[:, 0]).sum())
+        self.top5 += int((best.sort(-1).values == others.sort(-1).values).all(-1).sum())
+        by_token = difference.amax(-1)
+        for k in by_token.topk(min(_WORST, len(places))).indices.tolist():
+            if by_token[k] > 0:
+                place = int(places[k])
+                self.worst.append({
+                    "probe": probe.name, "row": row, "token": place,
+                    "position": int(probe.position_ids[row, place]), "id": int(probe.input_ids[row, place]),
+                    "difference": float(by_token[k]), "first_best": int(best[k, 0]), "second_best": int(others[k, 0]),
+                })  # fmt: skip
+
+    def fields(self) -> dict[str, Any]:
+        """The report's fields."""
+        tokens = max(1, self.tokens)
+        return {
+            "max_abs": self.max_abs, "mean_abs": self.total / max(1, self.entries),
+            "relative": self.max_abs / (self.scale or 1.0), "kl_divergence": max(0.0, self.kl / tokens),
+            "top1_agreement": self.top1 / tokens, "top5_agreement": self.top5 / tokens, "num_tokens": self.tokens,
+            "worst_tokens": tuple(self.worst),
+        }  # fmt: skip
+
+
+def _judge(
+    report: LogitsReport, runs: _Runs, wide: Sweep, narrow: tuple[list[Tensor], list[Tensor]], kind: torch.dtype,
+    rounded: str | Mapping[str, str] | None,
+) -> LogitsReport:  # fmt: skip
+    """Tell rounding from a difference of functions, with both models in float64 throughout.
+
+    With A, B the models as computed in `narrow` and A', B' in float64: |A - B| ≤ |A - A'| + |A' - B'| + |B' - B|. The
+    outer two are rounding; the middle one would be float64's share of them if the functions were equal.
+    """
+    probes = runs.probes
+    scale = _largest(probes, wide.first) or 1.0
+    exact = _largest(probes, wide.first, wide.second) / scale
+    noise = sum(_largest(probes, a, b) for a, b in zip(narrow, (wide.first, wide.second), strict=True)) / scale
+    computed = torch.float32 if kind == torch.float64 else kind
+    share = torch.finfo(torch.float64).eps / torch.finfo(computed).eps
+    tolerance = max(noise, torch.finfo(computed).eps) * share * _SLACK
+    floor = noise * share if kind == torch.float64 else noise
+    report = replace(
+        report, floor=floor, exact_relative=exact, tolerance=tolerance, layers=tuple(wide.layers),
+        note=wide.note or report.note,
+    )  # fmt: skip
+    if not math.isfinite(exact):
+        return replace(report, verdict=False, kind=NOT_FINITE, reason="some logits are not finite in float64")
+    if exact <= tolerance:
+        reason = (
+            f"the functions are equal: in float64 logits differ by {exact:.1e} of their scale; "
+            f"the {report.relative:.1e} in {report.dtype} is rounding (up to {floor:.1e} expected)"
+        )
+        return replace(report, kind=REORDERED if report.max_abs else BIT_EQUAL, reason=reason)
+    departures = [d for d in wide.departures if d.difference > tolerance]
+    if rounded:
+        by_name = (
+            dict.fromkeys(FileWeights(runs.paths[1]).shapes, rounded) if isinstance(rounded, str) else dict(rounded)
+        )
+        moved = runs.disturb({name: _DTYPES[dtype] for name, dtype in by_name.items()})
+        allowed = _ROUNDING_SLACK * _largest(probes, moved.first, moved.second) / scale
+        by_place = {d.place: _ROUNDING_SLACK * d.difference for d in moved.departures}
+        departures = [d for d in departures if d.difference > by_place.get(d.place, 0.0)]
+        report = replace(report, tolerance=max(tolerance, allowed))
+        if exact <= allowed and not departures:
+            kinds = ", ".join(sorted(set(by_name.values())))
+            reason = (
+                f"logits differ by {exact:.1e} of their scale, as weights rounded to {kinds} make them "
+                f"(at most {allowed:.1e}, from rounding {len(by_name)} tensors at random once more)"
+            )
+            return replace(report, kind=ROUNDED, reason=reason)
+    reason = f"in float64 logits differ by {exact:.1e} of their scale (at most {report.tolerance:.1e} allowed)"
+    if departures:
+        others = f", and {len(departures) - 1} other places" if len(departures) > 1 else ""
+        reason += f"; they part at {departures[0].place}: {departures[0].why}{others}"
+    return replace(report, verdict=False, kind=DIFFERENT, reason=reason, departures=tuple(departures))

@@ -1,48 +1,173 @@
-"""Load a checkpoint as a model, by code that had no part in its conversion."""
+"""Checkpoints as models, by code that had no part in their conversion: modules, whole or empty, and their weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llmconvert.errors import BadInput, Refused
+from llmconvert.errors import BadInput, LlmconvertError, Refused
 from llmconvert.verify.reference import find_reference
 
+_LAYOUTS = (
+    ("model.safetensors.index.json", "model.safetensors"),
+    ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+)
 
-def _state_dict(directory: Path) -> dict[str, torch.Tensor]:
-    """All tensors, by the libraries that define the formats."""
-    from safetensors.torch import load_file
 
-    for index, single in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-    ):
-        if (directory / index).is_file():
-            names = sorted(set(json.loads((directory / index).read_text())["weight_map"].values()))
-        elif (directory / single).is_file():
-            names = [single]
-        else:
-            continue
-        state: dict[str, torch.Tensor] = {}
-        for name in names:
-            path = directory / name
-            state |= (
-                load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True, mmap=True)
-            )
-        return state
+class Weights(Protocol):
+    """Tensors by name, read when asked for."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Of every tensor there is."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        ...
+
+
+class FileWeights:
+    """A directory's tensors, read one at a time by the libraries that define the formats."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open the files; no data is read.
+
+        Raises:
+            BadInput: there are no weights, or a file cannot be opened.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        self._files: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for path in weight_files(directory):
+            try:
+                if path.suffix == ".safetensors":
+                    handle: Any = safe_open(path, framework="pt")
+                    found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+                else:
+                    handle = torch.load(path, weights_only=True, mmap=True)
+                    found = {name: tuple(tensor.shape) for name, tensor in handle.items()}
+            except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+                raise BadInput(f"the weights cannot be read: {error}", where=str(path)) from None
+            self.shapes |= found
+            self._files |= dict.fromkeys(found, handle)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        handle = self._files[name]
+        tensor: Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        return tensor
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a Hugging Face checkpoint's tensors.
+
+    Raises:
+        BadInput: there are none, or the index cannot be read.
+    """
+    for index, single in _LAYOUTS:
+        try:
+            if (directory / index).is_file():
+                names = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
+                return [directory / name for name in sorted(names)]
+        except (ValueError, KeyError, AttributeError) as error:
+            raise BadInput(f"the index cannot be read: {error}", where=str(directory / index)) from None
+        if (directory / single).is_file():
+            return [directory / single]
     raise BadInput("the directory holds no weights", where=str(directory))
 
 
-def load_model(directory: Path, dtype: torch.dtype, device: str) -> nn.Module:
-    """A checkpoint as a module: a reference module where transformers has no class of its own, else transformers'.
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json.
+
+    Raises:
+        BadInput: there is none, or it is not a JSON object.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"config.json cannot be read: {error}", where=str(directory)) from None
+    if not isinstance(config, dict):
+        raise BadInput("config.json is not an object", where=str(directory))
+    return config
+
+
+def _options(dtype: torch.dtype, attention: str) -> dict[str, Any]:
+    import transformers
+
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    return {"dtype" if release >= (4, 56) else "torch_dtype": dtype, "attn_implementation": attention}
+
+
+def _refused(error: Exception, directory: Path) -> Refused:
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    return Refused(f"transformers cannot load it: {first}", where=str(directory))
+
+
+def check_runnable(directory: Path) -> None:
+    """Check that there is code to run a checkpoint's config.
+
+    Raises:
+        BadInput: config.json cannot be read.
+        Refused: neither a reference model nor transformers knows it.
+    """
+    empty_model(directory, torch.float32)
+
+
+def empty_model(directory: Path, dtype: torch.dtype, attention: str = "eager") -> nn.Module:
+    """A checkpoint's module with parameters on the meta device; buffers are real and on the CPU.
+
+    Args:
+        directory: the checkpoint; only config.json is read.
+        dtype: of the parameters.
+        attention: transformers' attention implementation.
+
+    Raises:
+        BadInput: config.json cannot be read.
+        Refused: neither a reference model nor transformers knows it.
+    """
+    from accelerate import init_empty_weights
+
+    config = read_config(directory)
+    reference = find_reference(config)
+    with init_empty_weights(include_buffers=False):
+        if reference is not None:
+            try:
+                made: nn.Module = reference(config)
+                return made.to(dtype).eval()
+            except KeyError as error:
+                raise BadInput(f"config.json says nothing of {error}", where=str(directory)) from None
+            except LlmconvertError as error:
+                error.where = str(directory)
+                raise
+        import transformers
+
+        try:
+            known = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            if dtype == torch.float64:
+                known._experts_implementation = "eager"  # torch groups no float64 matrices
+            model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+                known, trust_remote_code=False, **_options(dtype, attention)
+            )
+        except (ValueError, KeyError, ImportError, OSError, AttributeError) as error:
+            raise _refused(error, directory) from None
+    model.tie_weights()  # type: ignore[operator]
+    return model.eval()
+
+
+def load_model(directory: Path, dtype: torch.dtype, device: str, attention: str = "eager") -> nn.Module:
+    """A checkpoint as a module, whole in memory.
+
+    A reference module where transformers has no class of its own, else transformers' own class, loaded by transformers.
 
     Args:
         directory: the checkpoint.
         dtype: the type to compute in.
         device: where.
+        attention: transformers' attention implementation.
 
     Returns:
         A module; called with input_ids, attention_mask and position_ids it gives logits, or an object with `.logits`.
@@ -51,33 +176,67 @@ def load_model(directory: Path, dtype: torch.dtype, device: str) -> nn.Module:
         BadInput: the tensors do not fit the model.
         Refused: transformers has no such model, or needs code of the checkpoint's own.
     """
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"config.json cannot be read: {error}", where=str(directory)) from None
-    reference = find_reference(config)
+    reference = find_reference(read_config(directory))
     if reference is not None:
-        model = reference(config).to(dtype)
-        state = {k: v for k, v in _state_dict(directory).items() if not k.endswith("rotary_emb.inv_freq")}
-        optional = {name for name in model.state_dict() if name.endswith("inv_freq")} - set(state)
-        try:
-            result = model.load_state_dict(state, strict=False)
-        except RuntimeError as error:
-            raise BadInput(f"the tensors do not fit the model: {error}", where=str(directory)) from None
-        if result.unexpected_keys or set(result.missing_keys) - optional:
-            raise BadInput(f"the tensors do not fit the model: {result}", where=str(directory))
-        return model.to(device).eval()
+        model = empty_model(directory, dtype)
+        weights = FileWeights(directory)
+        check_fit(model, weights, directory, strict=True)
+        state = {name: weights.read(name).to(dtype) for name in model.state_dict() if name in weights.shapes}
+        model.load_state_dict(state, strict=False, assign=True)
+        return model.to(device)
     import transformers
 
-    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    options = {"dtype" if release >= (4, 56) else "torch_dtype": dtype, "attn_implementation": "eager"}
+    options = _options(dtype, attention)
+    if dtype == torch.float64 and "dtype" in options:
+        options["experts_implementation"] = "eager"
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.disable_progress_bar()
     try:
         loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
         )
-    except (ValueError, KeyError) as error:
-        raise Refused(f"transformers cannot load it: {str(error).splitlines()[0]}", where=str(directory)) from None
+    except (ValueError, KeyError, ImportError, OSError) as error:
+        raise _refused(error, directory) from None
+    finally:
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
     if info["missing_keys"]:
         raise BadInput(f"transformers found no weights for {sorted(info['missing_keys'])[:4]}", where=str(directory))
     module: nn.Module = loaded
     return module.to(device).eval()
+
+
+def check_fit(model: nn.Module, weights: Weights, directory: Path, *, strict: bool) -> None:
+    """Check that every parameter has a tensor of its shape.
+
+    Args:
+        model: the module.
+        weights: the tensors.
+        directory: for messages.
+        strict: refuse a tensor the module has no place for as well.
+
+    Raises:
+        BadInput: naming what is missing, too much, or of another shape.
+    """
+    held = model.state_dict()
+    tied = tied_names(model)
+    faults = []
+    for name, parameter in model.named_parameters():
+        if name not in weights.shapes and not any(other in weights.shapes for other in tied.get(name, ())):
+            faults.append(f"no tensor `{name}`")
+        elif tuple(parameter.shape) != weights.shapes.get(name, tuple(parameter.shape)):
+            faults.append(f"`{name}` is {list(weights.shapes[name])}, not {list(parameter.shape)}")
+    if strict:
+        surplus = sorted(name for name in weights.shapes if name not in held and not name.endswith("inv_freq"))
+        faults += [f"`{name}` has no place in the model" for name in surplus]
+    if faults:
+        more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise BadInput(f"the tensors do not fit the model: {'; '.join(faults[:4])}{more}", where=str(directory))
+
+
+def tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For each parameter that has several names, its first name to all of them."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {names[0]: tuple(names) for names in groups.values() if len(names) > 1}

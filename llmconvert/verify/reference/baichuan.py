@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, require, rotate_halves, split_heads
 from llmconvert.verify.reference.gated import GatedMLP
-from llmconvert.verify.reference.llamalike import decode
+from llmconvert.verify.reference.llamalike import Block, decode
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -38,6 +38,14 @@ class _Attention(nn.Module):
         return self.o_proj(attend(rotate_halves(q, angle), rotate_halves(k, angle), v, attention_mask))  # type: ignore[no-any-return]
 
 
+class NormHead(nn.Linear):
+    """Baichuan 2's head: the rows of the weight are scaled to unit length before use."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Logits [..., vocabulary]."""
+        return functional.linear(hidden, functional.normalize(self.weight))
+
+
 class BaichuanForCausalLM(nn.Module):
     """Baichuan in all four forms.
 
@@ -54,27 +62,26 @@ class BaichuanForCausalLM(nn.Module):
         if norm_head is None:
             second = not alibi and "BaichuanForCausalLM" in (config.get("architectures") or ())
             norm_head = second or config["vocab_size"] == 125696
-        self.norm_head = norm_head
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config["vocab_size"], hidden)
         self.model.layers = nn.ModuleList(
-            nn.ModuleDict(
+            Block(
                 {"input_layernorm": RMSNorm(hidden, eps), "self_attn": _Attention(hidden, heads, alibi),
                  "post_attention_layernorm": RMSNorm(hidden, eps), "mlp": GatedMLP(hidden, config["intermediate_size"])}
             )
             for _ in range(config["num_hidden_layers"])
         )  # fmt: skip
         self.model.norm = RMSNorm(hidden, eps)
-        self.lm_head = nn.Linear(hidden, config["vocab_size"], bias=False)
+        self.lm_head = (NormHead if norm_head else nn.Linear)(hidden, config["vocab_size"], bias=False)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
     ) -> Tensor:
         """Logits [batch, tokens, vocabulary] for ids [batch, tokens]."""
         hidden = decode(
-            self.model.embed_tokens(input_ids), positions(input_ids, attention_mask, position_ids), attention_mask,
+            self.model.embed_tokens(input_ids),
+            positions(input_ids, attention_mask, position_ids),
+            attention_mask,
             self.model.layers,
-            lambda b: (b["input_layernorm"], b["self_attn"], b["post_attention_layernorm"], b["mlp"]),
-        )  # fmt: skip
-        weight = functional.normalize(self.lm_head.weight) if self.norm_head else self.lm_head.weight
-        return functional.linear(self.model.norm(hidden), weight)
+        )
+        return self.lm_head(self.model.norm(hidden))  # type: ignore[no-any-return]

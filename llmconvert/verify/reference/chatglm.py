@@ -18,7 +18,7 @@ from llmconvert.verify.reference.common import (
     rotate_neighbours,
     split_heads,
 )
-from llmconvert.verify.reference.llamalike import decode
+from llmconvert.verify.reference.llamalike import Block, decode
 
 
 class _Attention(nn.Module):
@@ -63,7 +63,7 @@ class ChatGLMForConditionalGeneration(nn.Module):
         self.transformer.embedding = nn.ModuleDict({"word_embeddings": nn.Embedding(vocab, hidden)})
         self.transformer.encoder = nn.Module()
         self.transformer.encoder.layers = nn.ModuleList(
-            nn.ModuleDict(
+            Block(
                 {"input_layernorm": RMSNorm(hidden, eps), "self_attention": _Attention(config),
                  "post_attention_layernorm": RMSNorm(hidden, eps), "mlp": _MLP(hidden, config["ffn_hidden_size"])}
             )
@@ -82,8 +82,9 @@ class ChatGLMForConditionalGeneration(nn.Module):
         """Logits [batch, tokens, vocabulary] for ids [batch, tokens]."""
         parts = self.transformer
         hidden = decode(
-            parts.embedding["word_embeddings"](input_ids), positions(input_ids, attention_mask, position_ids),
-            attention_mask, parts.encoder.layers,
-            lambda b: (b["input_layernorm"], b["self_attention"], b["post_attention_layernorm"], b["mlp"]),
-        )  # fmt: skip
+            parts.embedding["word_embeddings"](input_ids),
+            positions(input_ids, attention_mask, position_ids),
+            attention_mask,
+            parts.encoder.layers,
+        )
         return parts.output_layer(parts.encoder.final_layernorm(hidden))  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, require, rotate_halves
-from llmconvert.verify.reference.llamalike import decode
+from llmconvert.verify.reference.llamalike import Block, decode
 
 
 class _Attention(nn.Module):
@@ -62,7 +62,7 @@ class InternLM2ForCausalLM(nn.Module):
         self.model = nn.Module()
         self.model.tok_embeddings = nn.Embedding(config["vocab_size"], hidden)
         self.model.layers = nn.ModuleList(
-            nn.ModuleDict(
+            Block(
                 {"attention_norm": RMSNorm(hidden, eps), "attention": _Attention(hidden, heads, kv_heads, theta, factor, bias),
                  "ffn_norm": RMSNorm(hidden, eps), "feed_forward": _MLP(hidden, config["intermediate_size"])}
             )
@@ -78,8 +78,5 @@ class InternLM2ForCausalLM(nn.Module):
         place = positions(input_ids, attention_mask, position_ids)
         if self.limit is not None and int(place.max()) >= self.limit:
             raise ValueError(f"positions beyond {self.limit} need dynamic rotary scaling, which is not modelled")
-        hidden = decode(
-            self.model.tok_embeddings(input_ids), place, attention_mask, self.model.layers,
-            lambda b: (b["attention_norm"], b["attention"], b["ffn_norm"], b["feed_forward"]),
-        )  # fmt: skip
+        hidden = decode(self.model.tok_embeddings(input_ids), place, attention_mask, self.model.layers)
         return self.output(self.model.norm(hidden))  # type: ignore[no-any-return]

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
-Attention = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 
+class Block(nn.ModuleDict):
+    """One pre-norm residual block; its entries are, in order: norm, attention, norm, MLP, under the published names."""
 
-def decode(
-    hidden: Tensor,
-    position_ids: Tensor,
-    attention_mask: Tensor | None,
-    layers: nn.ModuleList,
-    parts: Callable[[nn.Module], tuple[nn.Module, nn.Module, nn.Module, nn.Module]],
-) -> Tensor:
-    """Run pre-norm residual blocks.
-
-    Args:
-        hidden: [batch, tokens, hidden].
-        position_ids: [batch, tokens].
-        attention_mask: [batch, tokens] or None.
-        layers: the blocks.
-        parts: gives a block's (norm before attention, attention, norm before MLP, MLP).
-    """
-    for layer in layers:
-        norm1, attention, norm2, mlp = parts(layer)
+    def forward(self, hidden: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Same shape as `hidden`, [batch, tokens, hidden]; positions and mask are [batch, tokens]."""
+        norm1, attention, norm2, mlp = self.values()
         hidden = hidden + attention(norm1(hidden), position_ids, attention_mask)
-        hidden = hidden + mlp(norm2(hidden))
+        return hidden + mlp(norm2(hidden))  # type: ignore[no-any-return]
+
+
+def decode(hidden: Tensor, position_ids: Tensor, attention_mask: Tensor | None, layers: nn.ModuleList) -> Tensor:
+    """Run the blocks in order; shapes as in `Block.forward`."""
+    for layer in layers:
+        hidden = layer(hidden, position_ids, attention_mask)
     return hidden

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, require, rotate_halves, split_heads
-from llmconvert.verify.reference.llamalike import decode
+from llmconvert.verify.reference.llamalike import Block, decode
 
 
 class _Attention(nn.Module):
@@ -59,7 +59,7 @@ class QWenLMHeadModel(nn.Module):
         self.transformer = nn.Module()
         self.transformer.wte = nn.Embedding(vocab, hidden)
         self.transformer.h = nn.ModuleList(
-            nn.ModuleDict(
+            Block(
                 {"ln_1": RMSNorm(hidden, eps), "attn": _Attention(hidden, heads, theta),
                  "ln_2": RMSNorm(hidden, eps), "mlp": _MLP(hidden, intermediate)}
             )
@@ -77,8 +77,5 @@ class QWenLMHeadModel(nn.Module):
             raise ValueError(
                 f"positions beyond seq_length {self.limit} need dynamic NTK and logn scaling, which are not modelled"
             )
-        hidden = decode(
-            self.transformer.wte(input_ids), place, attention_mask, self.transformer.h,
-            lambda block: (block["ln_1"], block["attn"], block["ln_2"], block["mlp"]),
-        )  # fmt: skip
+        hidden = decode(self.transformer.wte(input_ids), place, attention_mask, self.transformer.h)
         return self.lm_head(self.transformer.ln_f(hidden))  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, require, rotate_halves, split_heads
 from llmconvert.verify.reference.gated import GatedMLP
-from llmconvert.verify.reference.llamalike import decode
+from llmconvert.verify.reference.llamalike import Block, decode
 
 
 class _Attention(nn.Module):
@@ -41,7 +41,7 @@ class YiForCausalLM(nn.Module):
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config["vocab_size"], hidden)
         self.model.layers = nn.ModuleList(
-            nn.ModuleDict(
+            Block(
                 {"ln1": RMSNorm(hidden, eps), "self_attn": _Attention(hidden, heads, kv_heads, theta),
                  "ln2": RMSNorm(hidden, eps), "mlp": GatedMLP(hidden, config["intermediate_size"])}
             )
@@ -55,8 +55,5 @@ class YiForCausalLM(nn.Module):
     ) -> Tensor:
         """Logits [batch, tokens, vocabulary] for ids [batch, tokens]."""
         place = positions(input_ids, attention_mask, position_ids)
-        hidden = decode(
-            self.model.embed_tokens(input_ids), place, attention_mask, self.model.layers,
-            lambda block: (block["ln1"], block["self_attn"], block["ln2"], block["mlp"]),
-        )  # fmt: skip
+        hidden = decode(self.model.embed_tokens(input_ids), place, attention_mask, self.model.layers)
         return self.lm_head(self.model.norm(hidden))  # type: ignore[no-any-return]

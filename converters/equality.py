@@ -1,0 +1,75 @@
+"""Are two checkpoints' weights equal, whatever their architectures? Both are brought to Llama's form and compared."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmconvert.checkpoint.dtypes import TO_NAME
+from llmconvert.converters.planning import plan_conversion
+from llmconvert.errors import LlmconvertError, ProofFailed
+from llmconvert.verify.roundtrip import BITWISE, Pair, compare
+
+EQUAL, DIFFERENT, NOT_COMPARED = "equal", "different", "not compared"
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """How two checkpoints' weights compare.
+
+    Attributes:
+        kind: equal (bit for bit, in Llama's form), different, or not compared.
+        reason: the same in words.
+        tensors: how many were compared.
+        different: names, in Llama's form, of those that differ.
+    """
+
+    kind: str
+    reason: str
+    tensors: int = 0
+    different: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(self)
+
+
+def compare_weights(left: Path, right: Path, *, spec_file: Path | None = None, workers: int = 2) -> WeightsReport:
+    """Compare weights bit for bit, through the specs of both architectures.
+
+    Unlike logits this shares code with the conversions it judges; it names tensors exactly.
+
+    Args:
+        left: a checkpoint directory.
+        right: another.
+        spec_file: a spec from outside the package.
+        workers: threads.
+    """
+    try:
+        sides = [plan_conversion(path, "llama", spec_file=spec_file) for path in (left, right)]
+    except LlmconvertError as error:
+        return WeightsReport(NOT_COMPARED, f"not both can be brought to Llama's form: {error.what}")
+    first, second = ({t.name: t.expression for t in side.plan.tensors} for side in sides)
+    if first.keys() != second.keys():
+        apart = sorted(first.keys() ^ second.keys())
+        return WeightsReport(DIFFERENT, f"only one of them has {_list(apart)}", 0, tuple(apart))
+    casts = [name for name, e in first.items() if e.dtype != second[name].dtype]
+    if casts:
+        kinds = f"{TO_NAME[first[casts[0]].dtype]} in one and {TO_NAME[second[casts[0]].dtype]} in the other"
+        return WeightsReport(DIFFERENT, f"{_list(casts)} are {kinds}", len(first), tuple(casts))
+    wrong = []
+    for name, expression in first.items():
+        try:
+            compare([Pair(name, expression, second[name], BITWISE)], workers)
+        except ProofFailed:
+            wrong.append(name)
+    if wrong:
+        return WeightsReport(DIFFERENT, f"{_list(wrong)} differ", len(first), tuple(wrong))
+    return WeightsReport(EQUAL, f"all {len(first)} tensors are equal bit for bit in Llama's form", len(first))
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(f"`{name}`" for name in names[:_SHOWN]) + more

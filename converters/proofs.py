@@ -1,0 +1,137 @@
+"""The proofs a conversion runs on its result before it is published, and the record of them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from llmconvert.checkpoint.dtypes import TO_NAME
+from llmconvert.converters.planning import Conversion
+from llmconvert.engine.manifest import REPORT
+from llmconvert.engine.plan import Plan
+from llmconvert.errors import LlmconvertError, ProofFailed, Refused, Usage
+from llmconvert.tensors.expressions import Cast, Expression, Fill, NormalizeRows, Scale, Shift, walk
+
+NONE, WEIGHTS, LOGITS = "none", "weights", "logits"
+_WIDENS = {("BF16", "F32"), ("BF16", "F64"), ("F16", "F32"), ("F16", "F64"), ("F32", "F64")}
+
+
+@dataclass(frozen=True)
+class Proving:
+    """How a result is proved.
+
+    Attributes:
+        verify: none; weights (ledger and round trip); logits (both models run as well).
+        device: where logits are computed; see `compare_logits`.
+        load: whole, layers or auto; see `compare_logits`.
+    """
+
+    verify: str = LOGITS
+    device: str = "auto"
+    load: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.verify not in (NONE, WEIGHTS, LOGITS):
+            raise Usage(f"`{self.verify}` is not a way to verify", hint="choose none, weights or logits")
+
+
+def check_provable(conversion: Conversion, proving: Proving) -> None:
+    """Before anything is written: can both models be run at all?
+
+    Raises:
+        Refused: torch or transformers is missing, or no code here runs the source or the target.
+        Usage: there is no such device.
+    """
+    if proving.verify != LOGITS:
+        return
+    without = "or add `--verify weights`, which compares weights and runs no model"
+    missing = [name for name in ("torch", "transformers", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise Refused(
+            f"logits cannot be compared without {' and '.join(missing)}",
+            hint=f"`pip install 'llmconvert[verify]'`, {without}",
+        )
+    from llmconvert.verify.logits import resolve_device
+    from llmconvert.verify.models import check_runnable
+
+    for name in proving.device.split(","):
+        resolve_device(name.strip())
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(conversion.plan.texts["config.json"])
+        for name, directory in (("source", conversion.checkpoint.path), ("result", Path(folder))):
+            try:
+                check_runnable(directory)
+            except LlmconvertError as error:
+                raise Refused(
+                    f"the {name} cannot be run to compare logits: {error.what}",
+                    where=str(conversion.checkpoint.path),
+                    hint=without.removeprefix("or "),
+                ) from None
+
+
+def rounded_tensors(plan: Plan) -> dict[str, str]:
+    """Output tensors whose numbers were rounded when they were made, with the dtype they were rounded to."""
+
+    def rounds(expression: Expression) -> bool:
+        match expression:
+            case Scale() | Shift() | NormalizeRows():
+                return True
+            case Fill(value=value):
+                return value != 0.0
+            case Cast(operand=operand, dtype=dtype):
+                return operand.dtype != dtype and (operand.dtype, dtype) not in _WIDENS
+        return False
+
+    return {
+        output.name: TO_NAME[output.expression.dtype]
+        for output in plan.tensors
+        if any(rounds(node) for node in walk(output.expression))
+    }
+
+
+def prove_logits(
+    conversion: Conversion, output: Path, proving: Proving, progress: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Compare the source's logits with the written result's.
+
+    Returns:
+        The report, as a dictionary.
+    """
+    from llmconvert.verify.logits import compare_logits
+
+    found = compare_logits(
+        conversion.checkpoint.path, output, device=proving.device, load=proving.load,
+        rounded=rounded_tensors(conversion.plan), progress=progress,
+    )  # fmt: skip
+    return found.to_dict()
+
+
+def write_record(directory: Path, record: Mapping[str, Any]) -> None:
+    """Write what was proved into a directory: the same for the same conversion, wherever and whenever it was run."""
+    logits = record.get("logits")
+    record = {
+        **{key: value for key, value in record.items() if key != "destination"},
+        "source": Path(record["source"]).name,
+        "logits": {key: value for key, value in logits.items() if key != "seconds"} if logits else None,
+    }
+    text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
+    (directory / REPORT).write_text(text + "\n", encoding="utf-8")
+
+
+def require_logits(logits: Mapping[str, Any], source: Path, output: Path) -> None:
+    """Stop here if the logits differ.
+
+    Raises:
+        ProofFailed: they do.
+    """
+    if not logits["verdict"]:
+        raise ProofFailed(
+            f"the logits differ: {logits['reason']}",
+            where=f"{output} (kept, not published; the proofs are in {REPORT})",
+            hint=f"look closer with `llmconvert verify {source} {output} --report report.html`",
+        )

@@ -1,0 +1,77 @@
+"""There and back: convert a checkpoint to another architecture and home again, with every proof on the way."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmconvert.checkpoint.directory import open_checkpoint, read_json
+from llmconvert.converters.huggingface import Progress, Report, convert
+from llmconvert.errors import ProofFailed
+from llmconvert.tensors.expressions import stored
+from llmconvert.verify.roundtrip import BITWISE, Pair, compare
+
+
+@dataclass(frozen=True)
+class ThereAndBack:
+    """What a trip there and back found.
+
+    Attributes:
+        verdict: whether every tensor came back bit for bit. The two conversions' own proofs held, or there is no report.
+        reason: the same in words.
+        there, back: the two conversions.
+        tensors: how many were compared.
+        different: those that came back different.
+        config: whether config.json came back the same.
+    """
+
+    verdict: bool
+    reason: str
+    there: Report
+    back: Report
+    tensors: int
+    different: tuple[str, ...]
+    config: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(self)
+
+
+def round_trip(
+    source: Path, to: str = "llama", *, work_dir: Path | None = None, workers: int = 2,
+    progress: Progress = lambda stage, done, total: None, **options: Any,
+) -> ThereAndBack:  # fmt: skip
+    """Convert there and back in a temporary place and compare with the source, byte by byte.
+
+    Args:
+        source: a checkpoint directory.
+        to: the architecture or family to go through.
+        work_dir: where the temporary place is made; the system's if None. It needs twice the checkpoint's size.
+        workers: threads.
+        progress: as in `convert`.
+        options: further options of `convert`.
+
+    Raises:
+        LlmconvertError: a conversion is refused or its proof fails.
+    """
+    with tempfile.TemporaryDirectory(prefix="llmconvert-roundtrip-", dir=work_dir) as folder:
+        outward, homeward = Path(folder) / "there", Path(folder) / "back"
+        common = {**options, "workers": workers, "sync": False, "progress": progress}
+        there = convert(source, outward, to=to, **common)
+        back = convert(outward, homeward, to=there.source_architecture, **common)
+        before, after = open_checkpoint(Path(there.source)), open_checkpoint(homeward)
+        names = [name for name in before.tensors if name not in there.dropped]
+        wrong = sorted(set(names) ^ set(after.tensors))
+        for name in names:
+            if name in after.tensors:
+                try:
+                    compare([Pair(name, stored(before.tensors[name]), stored(after.tensors[name]), BITWISE)], workers)
+                except ProofFailed:
+                    wrong.append(name)
+        config = read_json(before.path / "config.json") == read_json(homeward / "config.json")
+    came = f"{len(names) - len(wrong)} of {len(names)} tensors come back bit for bit"
+    reason = f"{came}; config.json comes back {'the same' if config else 'changed'}"
+    return ThereAndBack(not wrong, reason, there, back, len(names), tuple(wrong), config)

@@ -1,0 +1,475 @@
+"""Run a model one block at a time: a block's weights are read, used on all probes, and let go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmconvert.errors import BadInput, Refused
+from llmconvert.verify.float64 import float64_throughout
+from llmconvert.verify.models import FileWeights, Weights, check_fit, empty_model, load_model, tied_names
+from llmconvert.verify.probes import Probe
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a module that owns a matrix.
+
+    Attributes:
+        name: within the layer.
+        given: its input.
+        gave: its output.
+    """
+
+    name: str
+    given: Tensor
+    gave: Tensor
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The two halves of a layer.
+
+    Attributes:
+        attention, mlp: the children that own matrices, in the order they are called.
+        middle: the child whose input is the residual stream between the halves; None where they run in parallel.
+    """
+
+    attention: str
+    mlp: str
+    middle: str | None
+
+
+@dataclass
+class Seen:
+    """What a layer did to one probe.
+
+    Attributes:
+        out: the residual stream after it, [batch, tokens, hidden].
+        middle: the stream between attention and MLP, or None where the two run in parallel.
+        calls: the uses of its matrices, in order.
+    """
+
+    out: Tensor
+    middle: Tensor | None = None
+    calls: list[Call] = field(default_factory=list)
+
+
+class _ModuleWeights:
+    """The weights of a module that is whole in memory."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._state = module.state_dict()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+
+    def read(self, name: str) -> Tensor:
+        tensor: Tensor = self._state[name]
+        return tensor
+
+
+class _Stop(Exception):
+    """The last layer's input is known; the rest of the forward is not wanted."""
+
+
+class LayerwiseModel:
+    """A checkpoint run block by block.
+
+    The model's own `forward` is run twice with its layers replaced: once to see what each layer is given, and once to
+    hand the last layer's output to the final norm and the head. The layers are run in between, one after the other,
+    each on every probe, with what they were given.
+
+    Args:
+        directory: the checkpoint.
+        dtype: of the computation; float64 is float64 throughout.
+        device: where.
+        whole: load the model whole, by transformers, instead of reading blocks as they are needed.
+        attention: transformers' attention implementation.
+        rounded: tensors to disturb by a rounding to the dtype named; see `_disturb`.
+
+    Raises:
+        BadInput: the tensors do not fit the model.
+        Refused: there is no code for this model, or it cannot be run by blocks.
+    """
+
+    def __init__(
+        self, directory: Path, dtype: torch.dtype, device: str, *, whole: bool, attention: str = "eager",
+        rounded: Mapping[str, torch.dtype] | None = None,
+    ) -> None:  # fmt: skip
+        """See the class."""
+        self.directory, self.dtype, self.device, self.whole = directory, dtype, torch.device(device), whole
+        self.norms: dict[str, float] = {}
+        self._rounded = rounded or {}
+        with self._arithmetic():
+            self.module = empty_model(directory, dtype, attention)
+        self._weights: Weights = (
+            _ModuleWeights(load_model(directory, dtype, device, attention)) if whole else FileWeights(directory)
+        )
+        if not whole:
+            try:
+                check_fit(self.module, self._weights, directory, strict=False)
+            except BadInput as error:
+                if _fuses(self.module):
+                    raise Refused(
+                        "transformers fuses tensors of this model as it loads it, so it cannot be run by layers",
+                        where=str(directory),
+                        hint="give the whole model memory enough and add `--load whole`",
+                    ) from error
+                raise
+        self._alias = {name: names for names in tied_names(self.module).values() for name in names}
+        self._check_tied()
+        self._load_buffers()
+        self.layers_name, self.layers = _find_layers(self.module, directory)
+        inside = {id(child) for layer in self.layers for child in layer.modules()}
+        self._outside = [m for m in self.module.modules() if m._parameters and id(m) not in inside]
+        self._names = {id(m): name for name, m in self.module.named_modules()}
+        self._halves: dict[int, Halves | None] = {}
+        self._early: dict[int, list[Any]] = {}
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return float64_throughout() if self.dtype == torch.float64 else nullcontext()
+
+    def _check_tied(self) -> None:
+        stored = FileWeights(self.directory)
+        for names in set(self._alias.values()):
+            held = [name for name in names if name in stored.shapes]
+            if len(held) > 1:
+                first = stored.read(held[0])
+                for other in held[1:]:
+                    if not torch.equal(first, stored.read(other)):
+                        raise BadInput(
+                            f"config.json ties `{held[0]}` and `{other}`, and the tensors differ",
+                            where=str(self.directory),
+                            hint="set `tie_word_embeddings` to false if both are meant",
+                        )
+
+    def _load_buffers(self) -> None:
+        for name, buffer in self.module.named_buffers():
+            owner, _, leaf = name.rpartition(".")
+            stored = self._weights.read(name) if name in self._weights.shapes else buffer
+            kind = buffer.dtype if buffer.dtype.is_floating_point else stored.dtype
+            self.module.get_submodule(owner)._buffers[leaf] = stored.to(self.device, kind)
+
+    def tensors_of(self, module: nn.Module) -> list[str]:
+        """The stored tensors' names behind a module's parameters."""
+        prefix = self._names[id(module)]
+        names = [name for name, _ in module.named_parameters(prefix, remove_duplicate=False)]
+        return list(dict.fromkeys(self._stored(name) for name in names))
+
+    def _stored(self, name: str) -> str:
+        return next((n for n in self._alias.get(name, (name,)) if n in self._weights.shapes), name)
+
+    @contextmanager
+    def _held(self, *modules: nn.Module) -> Iterator[None]:
+        """Give modules their weights for a while."""
+        before: list[tuple[dict[str, Any], str, Any]] = []
+        read: dict[str, nn.Parameter] = {}
+        try:
+            for module in modules:
+                prefix = self._names[id(module)]
+                for path, child in module.named_modules(prefix=prefix):
+                    for leaf, parameter in child._parameters.items():
+                        if parameter is None or parameter.device.type != "meta":
+                            continue
+                        name = self._stored(f"{path}.{leaf}" if path else leaf)
+                        if name not in read:
+                            read[name] = self._read(name)
+                        before.append((child._parameters, leaf, parameter))
+                        child._parameters[leaf] = read[name]
+            yield
+        finally:
+            for parameters, leaf, parameter in before:
+                parameters[leaf] = parameter
+
+    def _read(self, name: str) -> nn.Parameter:
+        with torch._C.DisableTorchFunction():  # a file's float32 is float32 whatever the arithmetic
+            tensor = self._weights.read(name).to(self.device, self.dtype)
+        if name not in self.norms:
+            self.norms[name] = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        if name in self._rounded:
+            tensor = _disturb(tensor, self._rounded[name], sum(name.encode()))
+        return nn.Parameter(tensor, requires_grad=False)
+
+    def block(self, index: int) -> AbstractContextManager[None]:
+        """A context in which layer `index` has its weights."""
+        return self._held(self.layers[index])
+
+    def _inputs(self, probe: Probe) -> dict[str, Any]:
+        inputs: dict[str, Any] = {
+            "input_ids": probe.input_ids.to(self.device),
+            "attention_mask": probe.attention_mask.to(self.device),
+            "position_ids": probe.position_ids.to(self.device),
+        }
+        return inputs | ({"use_cache": False} if hasattr(self.module, "config") else {})
+
+    @torch.no_grad()
+    def begin(self, probes: Sequence[Probe]) -> list[Tensor]:
+        """Embed the probes.
+
+        Returns:
+            The residual stream before the first layer, [batch, tokens, hidden] a probe.
+        """
+        self._probes = list(probes)
+        self._given: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = [[] for _ in self.layers]
+        self._early = {}
+        streams: list[Tensor] = []
+        last = len(self.layers) - 1
+        first = self.layers[0].forward
+
+        def record(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                hidden, rest, named = _hidden(args, kwargs)
+                self._given[index].append((rest, named))
+                if index == 0:
+                    streams.append(hidden)
+                    out = first(hidden, *rest, **named)
+                    self._tuple = isinstance(out, tuple)
+                if index == last:
+                    raise _Stop
+                return self._shape(hidden)
+
+            return forward
+
+        def early(module: nn.Module) -> Callable[..., Any]:
+            original = module.forward
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                with self._held(module):
+                    out = original(*args, **kwargs)
+                self._early.setdefault(id(module), []).append(out)
+                return out
+
+            return forward
+
+        replaced = {m: early(m) for m in self._outside} | {m: record(i) for i, m in enumerate(self.layers)}
+        with _forwards(replaced), self.block(0), self._arithmetic():
+            for probe in self._probes:
+                try:
+                    self.module(**self._inputs(probe))
+                except _Stop:
+                    continue
+                raise Refused(
+                    "its layers are not run in order, so it cannot be run by layers", where=str(self.directory)
+                )
+        return streams
+
+    def _shape(self, hidden: Tensor) -> Any:
+        # Before transformers 4.5x layers returned tuples, and some models still do.
+        return (hidden,) if self._tuple else hidden
+
+    @torch.no_grad()
+    def layer(
+        self, index: int, streams: Sequence[Tensor], middles: Sequence[Tensor | None] | None = None
+    ) -> list[Seen]:
+        """Run one layer, within `block`.
+
+        Args:
+            index: of the layer.
+            streams: its input for each probe.
+            middles: where given, what the stream between the halves is replaced with, so that the second half is run
+                on it whatever the first has made.
+        """
+        layer, results = self.layers[index], []
+        for probe, stream in enumerate(streams):
+            args, kwargs = self._given[index][probe]
+            middle = middles[probe] if middles else None
+            watch = _Watch(layer, self._halves.get(index), middle)
+            with watch, self._arithmetic():
+                out = layer(stream, *args, **kwargs)
+            out = out[0] if isinstance(out, tuple) else out
+            if index not in self._halves:
+                self._halves[index] = watch.halves(stream)
+            halves = self._halves[index]
+            results.append(Seen(out, watch.middle(halves), watch.calls))
+        return results
+
+    def halves(self, index: int) -> Halves | None:
+        """The halves of a layer that has been run, or None where it has not two."""
+        return self._halves.get(index)
+
+    @torch.no_grad()
+    def end(self, streams: Sequence[Tensor], normed: Sequence[Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Norm and head.
+
+        Args:
+            streams: the last layer's output for each probe.
+            normed: where given, what the head is given in place of what the norm makes.
+
+        Yields:
+            For each probe the head's input, [batch, tokens, hidden], and the logits, [batch, tokens, vocabulary].
+        """
+        late = [m for m in self._outside if id(m) not in self._early]
+        head: list[Tensor] = []
+        turn = 0
+
+        def replay(module: nn.Module) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._early[id(module)][turn]
+
+        def skip(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return self._shape(streams[turn] if index == len(self.layers) - 1 else _hidden(args, kwargs)[0])
+
+            return forward
+
+        replaced = {m: skip(i) for i, m in enumerate(self.layers)}
+        replaced |= {m: replay(m) for m in self._outside if id(m) in self._early}
+        with ExitStack() as stack:
+            stack.enter_context(_forwards(replaced))
+            stack.enter_context(self._held(*late))
+            for module in late:
+                matrix = any(parameter.ndim > 1 for parameter in module.parameters())
+
+                def see(module: nn.Module, args: tuple[Any, ...], matrix: bool = matrix) -> Any:
+                    head.append(args[0])
+                    return (normed[turn], *args[1:]) if normed is not None and matrix else None
+
+                stack.callback(module.register_forward_pre_hook(see).remove)
+            for turn, probe in enumerate(self._probes):  # noqa: B007  # the closures read it
+                head.clear()
+                with self._arithmetic():
+                    out = self.module(**self._inputs(probe))
+                yield head[-1], getattr(out, "logits", out)
+
+    def late_tensors(self) -> tuple[list[str], list[str]]:
+        """The stored tensors used after the layers: the norm's, and the head's."""
+        late = [m for m in self._outside if id(m) not in self._early]
+        norms = [n for m in late if all(p.ndim < 2 for p in m.parameters()) for n in self.tensors_of(m)]
+        heads = [n for m in late if any(p.ndim > 1 for p in m.parameters()) for n in self.tensors_of(m)]
+        return norms, heads
+
+    def early_tensors(self) -> list[str]:
+        """The stored tensors used before the layers."""
+        return [n for m in self._outside if id(m) in self._early for n in self.tensors_of(m)]
+
+    def forward(self, probes: Sequence[Probe]) -> list[Tensor]:
+        """Logits [batch, tokens, vocabulary] of each probe."""
+        streams = self.begin(probes)
+        for index in range(len(self.layers)):
+            with self.block(index):
+                streams = [seen.out for seen in self.layer(index, streams)]
+        return [logits for _, logits in self.end(streams)]
+
+
+def _disturb(tensor: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """Move each number by up to half a unit in the last place of `dtype`, and all of them together by as much again.
+
+    Rounding does the first; a constant that was itself rounded before it was multiplied in does the second.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.finfo(dtype).eps / 2
+    shape = tensor.shape
+    each = torch.rand(shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1).to(tensor)
+    sign = 1 if seed % 2 else -1
+    smallest = float(torch.finfo(dtype).smallest_normal) * half
+    return tensor * (1 + half * sign) + each * (tensor.abs() * half).clamp_(min=smallest)
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The residual stream among a layer's arguments, and the others."""
+    if args:
+        return args[0], args[1:], kwargs
+    named = dict(kwargs)
+    return named.pop("hidden_states"), (), named
+
+
+@contextmanager
+def _forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules other `forward`s for a while."""
+    for module, forward in replaced.items():
+        module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for module in replaced:
+            module.__dict__.pop("forward", None)
+
+
+def _fuses(module: nn.Module) -> bool:
+    return any(parameter.ndim > 2 for parameter in module.parameters())
+
+
+def _find_layers(module: nn.Module, directory: Path) -> tuple[str, list[nn.Module]]:
+    """The decoder's list of layers: the list of modules with parameters that is nearest to the root."""
+    lists = [
+        (name.count("."), name, list(child))
+        for name, child in module.named_modules()
+        if isinstance(child, nn.ModuleList) and len(child) and any(True for _ in child.parameters())
+    ]
+    if not lists:
+        raise Refused("the model has no list of layers", where=str(directory))
+    _, name, layers = min(lists, key=lambda entry: entry[:2])
+    return name, layers
+
+
+class _Watch:
+    """Sees a layer's children and matrices at work; may replace the stream between its halves."""
+
+    def __init__(self, layer: nn.Module, halves: Halves | None, middle: Tensor | None) -> None:
+        self.calls: list[Call] = []
+        self._children: list[tuple[str, bool, Tensor, Tensor]] = []
+        self._layer, self._given = layer, middle
+        self._middle_child = halves.middle if halves else None
+        self._middle: Tensor | None = None
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> _Watch:
+        for name, child in self._layer.named_children():
+            matrices = any(parameter.ndim > 1 for parameter in child.parameters())
+            if name == self._middle_child:
+                self._hooks.append(child.register_forward_pre_hook(self._see_middle, with_kwargs=True))
+            self._hooks.append(child.register_forward_hook(self._child_hook(name, matrices), with_kwargs=True))
+        for name, module in self._layer.named_modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.ndim == 2:
+                self._hooks.append(module.register_forward_hook(self._call_hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _see_middle(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = _hidden(args, kwargs)[0]
+        if self._given is None:
+            self._middle = stream
+        else:
+            self._middle = stream.clone()
+            # In place: the residual connection that follows holds the same tensor.
+            stream.copy_(self._given)
+
+    def _child_hook(self, name: str, matrices: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+            given = _hidden(args, kwargs)[0] if args or "hidden_states" in kwargs else None
+            if given is not None:
+                self._children.append((name, matrices, given, out[0] if isinstance(out, tuple) else out))
+
+        return hook
+
+    def _call_hook(self, name: str) -> Callable[..., None]:
+        return lambda module, args, out: self.calls.append(Call(name, args[0], out)) if args else None
+
+    def halves(self, stream: Tensor) -> Halves | None:
+        """What the children's calls say about the layer's build."""
+        owners = [k for k, (_, matrices, _, _) in enumerate(self._children) if matrices]
+        if len(owners) < 2:
+            return None
+        first, second = owners[:2]
+        attention, (mlp, _, given, _) = self._children[first], self._children[second]
+        before, _, before_given, before_gave = self._children[second - 1]
+        if second - 1 > first and before_gave is given:
+            middle, tensor = before, before_given
+        else:
+            middle, tensor = mlp, given
+        parallel = tensor is stream or given is attention[2] or tensor is attention[3]
+        return Halves(attention[0], mlp, None if parallel else middle)
+
+    def middle(self, halves: Halves | None) -> Tensor | None:
+        """The stream between the halves, as the layer made it."""
+        if self._middle is not None or halves is None or halves.middle is None:
+            return self._middle
+        return next(given for name, _, given, _ in self._children if name == halves.middle)
