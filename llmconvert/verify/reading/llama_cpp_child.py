@@ -65,6 +65,16 @@ def read(directory: str, prompts: list[list[int]], scratch: Path) -> dict[str, A
         return {"missing": str(error)}
     except Exception as error:  # whatever the converter raises is its refusal
         return {"refused": f"{type(error).__name__}: {error}"}
+    said: list[str] = []
+
+    def listen(level: int, text: bytes, _: object) -> None:
+        line = text.decode(errors="replace")
+        sys.stderr.write(line)
+        if level == llama_cpp.GGML_LOG_LEVEL_ERROR:
+            said.append(line)
+
+    heard = llama_cpp.llama_log_callback(listen)  # held here: llama.cpp keeps a bare pointer to it
+    llama_cpp.llama_log_set(heard, None)
     longest = max(map(len, prompts))
     try:
         engine = llama_cpp.Llama(
@@ -76,11 +86,11 @@ def read(directory: str, prompts: list[list[int]], scratch: Path) -> dict[str, A
             logits_all=True,
             type_k=llama_cpp.GGML_TYPE_F32,  # the cache is float16 unless told
             type_v=llama_cpp.GGML_TYPE_F32,
-            verbose=True,  # why a model is refused is said in the log only
+            verbose=True,  # else a crash is silent
         )
         found = [score(engine, ids) for ids in prompts]
-    except Exception as error:
-        return {"refused": f"{type(error).__name__}: {error}"}
+    except Exception as error:  # it names the cause in its log only
+        return {"refused": said[0] if said else f"{type(error).__name__}: {error}"}
     return {"version": f"llama-cpp-python {llama_cpp.__version__}", "log_probs": found}
 
 

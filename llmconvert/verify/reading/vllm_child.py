@@ -41,7 +41,9 @@ def read(directory: str, prompts: list[list[int]]) -> dict[str, Any]:
             for output, ids in zip(outputs, prompts, strict=True)
         ]
     except Exception as error:  # whatever the engine raises is its refusal
-        return {"refused": f"{type(error).__name__}: {error}"}
+        # Its settings are checked by pydantic, whose own text begins with a count.
+        faults = error.errors() if hasattr(error, "errors") else []
+        return {"refused": faults[0]["msg"] if faults else f"{type(error).__name__}: {error}"}
     return {"version": vllm.__version__, "log_probs": found}
 
 
