@@ -232,7 +232,7 @@ class LLM:
 """
 _FAKE_LLAMA_CPP = """
 import math, numpy
-__version__, GGML_TYPE_F32, GGML_LOG_LEVEL_ERROR = "9.9", 0, 4
+__version__, GGML_TYPE_F32 = "9.9", 0
 llama_log_callback = lambda function: function
 llama_log_set = lambda function, data: None
 class Llama:

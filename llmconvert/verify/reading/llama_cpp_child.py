@@ -16,6 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_ERROR = 4  # ggml_log_level
+_HELD: list[Any] = []  # llama.cpp has bare pointers to these
+
 
 def convert(converter: Path, directory: str, target: Path) -> None:
     """Write a GGUF file by llama.cpp's convert_hf_to_gguf.py, without a tokenizer: the prompts are ids."""
@@ -36,6 +39,21 @@ def convert(converter: Path, directory: str, target: Path) -> None:
     base.prepare_metadata = prepare_without_tokenizer
     sys.argv = [str(converter), directory, "--outtype", "f32", "--outfile", str(target)]
     module.main()
+
+
+def listen(llama_cpp: Any) -> list[str]:
+    """Collect what llama.cpp logs as errors: its exceptions do not name the cause."""
+    said: list[str] = []
+
+    def hear(level: int, text: bytes, _: object) -> None:
+        line = text.decode(errors="replace")
+        sys.stderr.write(line)
+        if level == _ERROR:
+            said.append(line)
+
+    _HELD.append(llama_cpp.llama_log_callback(hear))
+    llama_cpp.llama_log_set(_HELD[-1], None)
+    return said
 
 
 def score(engine: Any, ids: list[int]) -> list[float]:
@@ -65,16 +83,7 @@ def read(directory: str, prompts: list[list[int]], scratch: Path) -> dict[str, A
         return {"missing": str(error)}
     except Exception as error:  # whatever the converter raises is its refusal
         return {"refused": f"{type(error).__name__}: {error}"}
-    said: list[str] = []
-
-    def listen(level: int, text: bytes, _: object) -> None:
-        line = text.decode(errors="replace")
-        sys.stderr.write(line)
-        if level == llama_cpp.GGML_LOG_LEVEL_ERROR:
-            said.append(line)
-
-    heard = llama_cpp.llama_log_callback(listen)  # held here: llama.cpp keeps a bare pointer to it
-    llama_cpp.llama_log_set(heard, None)
+    said = listen(llama_cpp)
     longest = max(map(len, prompts))
     try:
         engine = llama_cpp.Llama(
