@@ -271,7 +271,8 @@ def test_the_scripts_ask_for_the_right_numbers(
     (tmp_path / "llama_cpp.py").write_text(_FAKE_LLAMA_CPP)
     (tmp_path / "converter.py").write_text(_FAKE_CONVERTER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("LLMCONVERT_GGUF_CONVERTER", str(tmp_path / "converter.py"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMCONVERT_GGUF_CONVERTER", "converter.py")
     report = compare_reader(engine, directory, PROMPTS, expected, python=sys.executable, tolerance=1e-6)
     assert report.verdict and report.version.endswith("9.9"), report
 
@@ -283,7 +284,7 @@ def test_the_scripts_import_nothing_of_llmconvert() -> None:
         assert "import llmconvert" not in path.read_text() and "from llmconvert" not in path.read_text()
 
 
-# Shapes vLLM's attention on a CPU can take; the weights are small, so that float32 rounding stays small too.
+# Heads of a size that vLLM's attention on a CPU takes.
 _SHAPES = {"hidden_size": 192, "intermediate_size": 256, "head_dim": 32}
 _NEEDED = {
     "vllm": ["LLMCONVERT_VLLM_PYTHON"],

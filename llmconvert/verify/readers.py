@@ -29,6 +29,7 @@ class _Engine:
     install: str
 
 
+_CONVERTER = "LLMCONVERT_GGUF_CONVERTER"
 _LONGEST_LINE = 300
 _CHILDREN = Path(__file__).with_name("reading")
 _ENGINES = {
@@ -124,8 +125,8 @@ def compare_reader(
         expected: for each prompt of n ids n - 1 log-probabilities in nats, as `read_log_probs` returns them.
         python: the interpreter that has the engine, as in `read_log_probs`.
         timeout_s: seconds after which the engine is stopped.
-        tolerance: the largest difference allowed, in nats. Two float32 programs differ by rounding alone, in sharp
-            models (scores and logits of some tens) by a few 1e-4.
+        tolerance: the largest difference allowed, in nats. Two float32 programs differ by rounding alone, and by a few
+            1e-4 where attention scores reach several tens.
 
     Raises:
         Usage: `expected` does not fit the prompts; else as `read_log_probs`.
@@ -224,10 +225,20 @@ def _ask(
 
 def _run(command: Sequence[str], scratch: Path, timeout_s: float) -> int | None:
     """Run a command in a folder, its output in the file `log` there; the exit code, or None if it was stopped."""
+    # The command runs elsewhere, so a path relative to here would name nothing.
+    environment = {**os.environ}
+    if environment.get(_CONVERTER):
+        environment[_CONVERTER] = os.path.abspath(environment[_CONVERTER])
     with (scratch / "log").open("wb") as log:
         # In a group of its own: engines start processes that must end with it.
         process = subprocess.Popen(
-            command, cwd=scratch, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            command,
+            cwd=scratch,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
         try:
             return process.wait(timeout_s)
