@@ -6,6 +6,7 @@
     python scripts/bench.py --peers                           transformers' load and save as well
     python scripts/bench.py --plan-v3                         planning over DeepSeek-V3's 91,991 tensors
     python scripts/bench.py --startup                         how quickly the command line answers
+    python scripts/bench.py --logits --sizes 1 3              verify by layers: memory against the largest block
 
 What is compared takes turns within each repeat, so that a slow minute of the machine hits all alike; a ratio
 is the median over repeats of (this / `cp` in the same repeat). The source is in the page cache where it fits.
@@ -243,6 +244,7 @@ class Measured:
     code: int
     peak: int
     output: str
+    anonymous: int = 0
 
 
 def measure(command: list[str], *, expect: int = 0) -> Measured:
@@ -251,17 +253,18 @@ def measure(command: list[str], *, expect: int = 0) -> Measured:
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=ROOT)
-        peak, over = [0], threading.Event()
+        peak, anonymous, over = [0], [0], threading.Event()
 
         def watch() -> None:
             while not over.is_set():
                 try:
                     with open(f"/proc/{process.pid}/status") as status:
-                        lines = [line for line in status if line.startswith("VmHWM")]
+                        fields = dict(line.split(":", 1) for line in status)
                 except OSError:
                     return
-                if lines:
-                    peak[0] = max(peak[0], int(lines[0].split()[1]) * 1024)
+                for key, most in (("VmHWM", peak), ("RssAnon", anonymous)):
+                    if key in fields:
+                        most[0] = max(most[0], int(fields[key].split()[0]) * 1024)
                 over.wait(0.01)
 
         watcher = threading.Thread(target=watch)
@@ -277,7 +280,7 @@ def measure(command: list[str], *, expect: int = 0) -> Measured:
         raise SystemExit(f"exit code {process.returncode}, not {expect}: {' '.join(command)}\n{text[-2000:]}")
     if not peak[0]:  # no /proc: ru_maxrss is in bytes on macOS
         peak[0] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Measured(seconds, process.returncode, peak[0], text)
+    return Measured(seconds, process.returncode, peak[0], text, anonymous[0])
 
 
 @dataclass
@@ -516,6 +519,51 @@ def startup(options: argparse.Namespace, scratch: Path) -> None:
     repeated(commands, max(options.repeats, 5))
 
 
+def logits(options: argparse.Namespace, scratch: Path) -> None:
+    """Memory of `verify --load layers`, beyond what importing torch and transformers takes."""
+    imports = measure([sys.executable, "-c", "import torch, transformers, accelerate.hooks"]).anonymous
+    rows = []
+    for name in options.layouts:
+        layout = LAYOUTS[name]
+        block = max(sum(nbytes("BF16", s) for s in layout.layer.values()), nbytes("BF16", (VOCABULARY, HIDDEN))) // 2
+        for size in options.sizes:
+            source, target = scratch / f"{name}-{size}", scratch / f"{name}-{size}-llama"
+            total = make(layout, size, source)
+            measure([*TOOL, "convert", str(source), str(target), "--to", "llama", "--verify", "none", "--no-sync"])
+            command = [
+                *TOOL,
+                "verify",
+                str(source),
+                str(target),
+                "--load",
+                "layers",
+                "--no-weights",
+                "--device",
+                "cpu",
+                "--json",
+            ]
+            run = measure(command)
+            found = json.loads(run.output[run.output.index("{") :])
+            wide = block * (8 if found["exact_relative"] is not None else 4)
+            used = run.anonymous - imports
+            rows.append((name, f"{total / 1e9:.2f} GB", found["kind"], megabytes(run.anonymous), megabytes(wide),
+                         f"{used / wide:.2f}", f"{run.seconds:.0f} s", str(found["num_tokens"])))  # fmt: skip
+            shutil.rmtree(source)
+            shutil.rmtree(target)
+    print(f"\nimports alone: {megabytes(imports)} anonymous")
+    heads = (
+        "layout",
+        "size",
+        "verdict",
+        "peak anonymous",
+        "largest block",
+        "(peak - imports) / block",
+        "time",
+        "tokens",
+    )
+    table(heads, rows)
+
+
 def repeated(commands: dict[str, tuple[list[str], int]], repeats: int) -> None:
     """Run each command `repeats` times, in turn, and print medians."""
     rows = {name: Row() for name in commands}
@@ -532,6 +580,7 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--plan-v3", action="store_true", help="headers of DeepSeek-V3: inspect, and a refused dry run")
     mode.add_argument("--startup", action="store_true", help="--help, specs, a usage error")
+    mode.add_argument("--logits", action="store_true", help="memory of verify by layers")
     parser.add_argument("--sizes", type=float, nargs="+", default=[1.0], metavar="GB", help="default: 1; try 3 6")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--repeats", type=int, default=3)
@@ -540,7 +589,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="transformers, where it knows the layout")
     parser.add_argument("--dir", type=Path, help="where to make the scratch folder; default: the temporary folder")
     options = parser.parse_args()
-    run = plan_v3 if options.plan_v3 else startup if options.startup else conversions
+    run = plan_v3 if options.plan_v3 else startup if options.startup else logits if options.logits else conversions
     with tempfile.TemporaryDirectory(prefix="llmconvert-bench-", dir=options.dir) as scratch:
         run(options, Path(scratch).resolve())
 

@@ -211,6 +211,9 @@ def verify_command(
     max_abs: Annotated[
         float | None, typer.Option(help="largest difference of logits allowed, in place of the derived verdict")
     ] = None,
+    reader: Annotated[
+        str | None, typer.Option(help="let an engine you have read B, and compare log-probabilities: vllm or llama.cpp")
+    ] = None,
     weights: Annotated[
         bool, typer.Option("--weights/--no-weights", help="compare the weights too, in Llama's form")
     ] = True,
@@ -242,11 +245,16 @@ def verify_command(
             progress=lambda done, total: progress("logits", done, total),
         )  # fmt: skip
     equality = compare_weights(left, right, spec_file=spec_file).to_dict() if weights else None
-    value = {**found.to_dict(), "weights": equality}
+    engine = None
+    if reader is not None:
+        from llmconvert.verify.readers import compare_with_model
+
+        engine = compare_with_model(reader, left, right, device=device, load=load, prompts=prompts).to_dict()
+    value = {**found.to_dict(), "weights": equality, "reader": engine}
     output.result(value, render.comparison(value, str(left), str(right)))
     if report is not None:
         report.write_text(render_page(value, str(left), str(right), equality), encoding="utf-8")
-    if not found.verdict:
+    if not found.verdict or (engine is not None and not engine["verdict"]):
         if report is None and not json and not quiet:
             print("hint: add `--report FILE.html` for the differences of every layer", file=sys.stderr)
         raise typer.Exit(ProofFailed.exit_code)

@@ -88,6 +88,9 @@ def comparison(found: dict[str, Any], first: str, second: str) -> Any:
     ]  # fmt: skip
     if found.get("weights"):
         rows.append(("weights", f"{found['weights']['kind']}: {found['weights']['reason']}"))
+    if found.get("reader"):
+        engine = found["reader"]
+        rows.append((f"{engine['engine']} {engine['version']}", f"{engine['reason']}, {engine['num_tokens']} tokens"))
     if found["note"]:
         rows.append(("note", found["note"]))
     for name, value in rows:

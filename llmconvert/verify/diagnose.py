@@ -122,7 +122,11 @@ def explain_layer(
         counts = ", ".join(f"{n} of {b.projected[name].shape[1]} of {name}" for name, n in strange.items())
         return f"outputs with no counterpart: {counts}", a.tensors(*(lost or a.early)), b.tensors(*strange)
     if part == "mlp":
-        return "the outputs of its first matrices agree, in another order", a.tensors(*a.early), b.tensors(*b.early)
+        return (
+            "its first matrices put out the same numbers in another order: one for the other, say",
+            a.tensors(*a.early),
+            b.tensors(*b.early),
+        )
     return _explain_order(a, b, same)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from llmconvert.errors import BadInput, Refused
 from llmconvert.verify.float64 import float64_throughout
 from llmconvert.verify.models import FileWeights, Weights, check_fit, empty_model, load_model, tied_names
 from llmconvert.verify.probes import Probe
+
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,9 @@ class LayerwiseModel:
         with torch._C.DisableTorchFunction():  # a file's float32 is float32 whatever the arithmetic
             tensor = self._weights.read(name).to(self.device, self.dtype)
         if name not in self.norms:
-            self.norms[name] = float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+            # In pieces: torch widens what it is given before it sums.
+            squares = (float(part.double().square().sum()) for part in tensor.flatten().split(_PIECE))
+            self.norms[name] = math.sqrt(sum(squares))
         if name in self._rounded:
             tensor = _disturb(tensor, self._rounded[name], sum(name.encode()))
         return nn.Parameter(tensor, requires_grad=False)

@@ -22,7 +22,7 @@ from torch import Tensor
 from llmconvert.errors import Usage
 from llmconvert.verify.layerwise import LayerwiseModel
 from llmconvert.verify.models import FileWeights, read_config
-from llmconvert.verify.probes import FAR_POSITION, Probe, make_probes, padded, token_texts
+from llmconvert.verify.probes import Probe, limits, make_probes, padded, token_texts
 from llmconvert.verify.sweep import Departure, LayerDifference, Sweep, sweep
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -134,14 +134,6 @@ def resolve_device(name: str) -> str:
     return name
 
 
-def limits(config: Mapping[str, Any]) -> tuple[int, int]:
-    """The vocabulary's size, and the number of positions up to which the model is what its code says."""
-    vocab = config.get("padded_vocab_size") or config.get("vocab_size") or 0
-    keys = ("seq_length", "n_positions", "max_position_embeddings", "model_max_length", "max_sequence_length")
-    longest = next((config[key] for key in keys if config.get(key)), FAR_POSITION)
-    return int(vocab), int(longest)
-
-
 def _free(device: str) -> int:
     """Bytes free for models."""
     if device.startswith("cuda"):
@@ -151,9 +143,13 @@ def _free(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _fit_whole(left: Path, right: Path, devices: tuple[str, str]) -> bool:
-    """Whether both models fit in float64, with room to work."""
-    need = [8 * sum(math.prod(shape) for shape in FileWeights(path).shapes.values()) for path in (left, right)]
+def _whole(load: str, paths: tuple[Path, Path], devices: tuple[str, str]) -> bool:
+    """Whether to load models whole: if asked for, or where both fit in float64 with room to work."""
+    if load not in ("auto", "whole", "layers"):
+        raise Usage(f"`{load}` is not a way to load", hint="choose auto, whole or layers")
+    if load != "auto":
+        return load == "whole"
+    need = [8 * sum(math.prod(shape) for shape in FileWeights(path).shapes.values()) for path in paths]
     if devices[0] == devices[1]:
         return sum(need) * 1.5 < _free(devices[0])
     return all(n * 1.5 < _free(device) for n, device in zip(need, devices, strict=True))
@@ -204,19 +200,17 @@ def compare_logits(
     for kind in (dtype, *([rounded] if isinstance(rounded, str) else (rounded or {}).values())):
         if kind not in _DTYPES:
             raise Usage(f"`{kind}` is not a dtype to compute in", hint=f"choose {', '.join(_DTYPES)}")
-    if load not in ("auto", "whole", "layers"):
-        raise Usage(f"`{load}` is not a way to load", hint="choose auto, whole or layers")
     first, second = (resolve_device(name) for name in _pair(device, "device"))
     devices, attentions = (first, second), _pair(attention, "attention implementation")
     left, right = Path(left), Path(right)
     (vocab, longest), (other, other_longest) = limits(read_config(left)), limits(read_config(right))
     if vocab != other:
         raise Usage(f"the vocabularies differ: {vocab} and {other} tokens", where=f"{left}, {right}")
-    whole = load == "whole" or (load == "auto" and _fit_whole(left, right, devices))
+    whole = _whole(load, (left, right), devices)
     probes = make_probes(
         (left, right), vocab, min(longest, other_longest), seed=seed, prompts=None if prompts is None else Path(prompts)
     )
-    runs = _Runs((left, right), devices, attentions, whole, probes, progress)
+    runs = Runs((left, right), devices, attentions, whole, probes, progress)
     kind = _DTYPES[dtype]
     count = greedy_tokens if greedy_tokens is not None else (_GREEDY_TOKENS if whole else 0)
     plain, agreement = runs.compare(kind, greedy_tokens=count, rounded=bool(rounded))
@@ -255,7 +249,7 @@ def _version(package: str) -> str:
         return "absent"
 
 
-class _Runs:
+class Runs:
     """The runs of a pair: each loads its models anew and lets them go."""
 
     def __init__(
@@ -264,6 +258,13 @@ class _Runs:
     ) -> None:  # fmt: skip
         self.paths, self.devices, self.attentions, self.whole = paths, devices, attentions, whole
         self.probes, self.progress = probes, progress
+
+    @classmethod
+    def of(cls, paths: tuple[Path, Path], device: str, load: str, probes: list[Probe]) -> Runs:
+        """Runs on one device."""
+        devices = (device, device)
+        whole = _whole(load, paths, devices)
+        return cls(paths, devices, ("eager", "eager"), whole, probes, lambda done, total: None)
 
     def _model(self, side: int, dtype: torch.dtype, rounded: Mapping[str, torch.dtype] | None = None) -> LayerwiseModel:
         return LayerwiseModel(
@@ -293,9 +294,10 @@ class _Runs:
         """Logits of each model alone."""
         return self.forward(0, dtype), self.forward(1, dtype)
 
-    def forward(self, side: int, dtype: torch.dtype) -> list[Tensor]:
+    def forward(self, side: int, dtype: torch.dtype | str) -> list[Tensor]:
         """Logits of one model."""
-        logits = [each.cpu() for each in self._model(side, dtype).forward(self.probes)]
+        kind = _DTYPES[dtype] if isinstance(dtype, str) else dtype
+        logits = [each.cpu() for each in self._model(side, kind).forward(self.probes)]
         _clean(self.devices)
         return logits
 
@@ -378,7 +380,7 @@ class _Metrics:
 
 
 def _judge(
-    report: LogitsReport, runs: _Runs, wide: Sweep, narrow: tuple[list[Tensor], list[Tensor]], kind: torch.dtype,
+    report: LogitsReport, runs: Runs, wide: Sweep, narrow: tuple[list[Tensor], list[Tensor]], kind: torch.dtype,
     rounded: str | Mapping[str, str] | None,
 ) -> LogitsReport:  # fmt: skip
     """Tell rounding from a difference of functions, with both models in float64 throughout.

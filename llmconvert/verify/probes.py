@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ _TEXTS = (
     "def gcd(a: int, b: int) -> int:\n    while b:\n        a, b = b, a % b\n    return a\n",
     '{"model": "llama", "layers": [1, 2, 3], "tied": false}\n<html>&nbsp;</html>\n\tSELECT * FROM t;',
 )
+
+
+def limits(config: Mapping[str, Any]) -> tuple[int, int]:
+    """The vocabulary's size, and the number of positions up to which a model is what its code says."""
+    vocab = config.get("padded_vocab_size") or config.get("vocab_size") or 0
+    keys = ("seq_length", "n_positions", "max_position_embeddings", "model_max_length", "max_sequence_length")
+    longest = next((config[key] for key in keys if config.get(key)), FAR_POSITION)
+    return int(vocab), int(longest)
 
 
 @dataclass(frozen=True)
