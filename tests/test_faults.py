@@ -229,7 +229,7 @@ def test_a_tied_head_untied_wrongly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", ["qwen2", "glm4_9b", "baichuan2"])
-def test_one_unit_in_the_last_place_is_found_by_the_round_trip(arch: str, tmp_path: Path) -> None:
+def test_one_unit_in_the_last_place_is_found(arch: str, tmp_path: Path) -> None:
     source, result = _converted(arch, tmp_path)
     name = _ATTENTION.format(2, "k", "weight")
 
@@ -241,6 +241,9 @@ def test_one_unit_in_the_last_place_is_found_by_the_round_trip(arch: str, tmp_pa
     _edit(result, nudge)
     with pytest.raises(ProofFailed, match="layers.2|h.2"):
         compare(return_pairs(conversion, open_checkpoint(result)), workers=2)
+    if arch != "baichuan2":  # whose head is rounded by design
+        seen = compare_logits(source, result, device="cpu", greedy_tokens=0, dtype="float64")
+        assert [d.place for d in seen.departures] == ["layer 2, attention"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -277,7 +280,7 @@ def test_permuted_rows_are_no_difference(arch: str, dtype: str, tmp_path: Path) 
     source, result = _converted(arch, tmp_path, dtype)
     report = compare_logits(source, result, device="cpu", greedy_tokens=0)
     assert report.verdict and report.kind == REORDERED and report.relative <= report.floor
-    assert report.exact_relative < report.tolerance / 2**6, "well within"
+    assert report.exact_relative < report.tolerance / 2**5, "well within"
 
 
 def test_another_number_of_layers_is_a_difference(tmp_path: Path) -> None:

@@ -194,7 +194,9 @@ class LayerwiseModel:
             tensor = self._weights.read(name).to(self.device, self.dtype)
         if name not in self.norms:
             # In pieces: torch widens what it is given before it sums.
-            squares = (float(part.double().square().sum()) for part in tensor.flatten().split(_PIECE))
+            flat = tensor.flatten()
+            pieces = (flat[low : low + _PIECE] for low in range(0, len(flat), _PIECE))
+            squares = (float(piece.double().square().sum()) for piece in pieces)
             self.norms[name] = math.sqrt(sum(squares))
         if name in self._rounded:
             tensor = _disturb(tensor, self._rounded[name], sum(name.encode()))
