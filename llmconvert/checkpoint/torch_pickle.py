@@ -60,16 +60,92 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 }
 
 
+class Inert:
+    """What a name in a pickle becomes that is harmless and useless here: it does nothing, whatever is done to it.
+
+    Attributes:
+        name: in full.
+        arguments: what it was called with.
+        state: what it was given as its state, or None.
+    """
+
+    name = ""
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Inert:
+        """Keep the arguments."""
+        self = super().__new__(cls)
+        self.arguments = arguments
+        return self
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """Nothing."""
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, value: Any) -> None:
+        """Nothing."""
+
+    def extend(self, values: Any) -> None:
+        """Nothing."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Nothing."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+_HARMLESS = {
+    ("argparse", "Namespace"), ("types", "SimpleNamespace"), ("torch", "Size"), ("torch", "device"),
+    ("collections", "defaultdict"), ("_codecs", "encode"), ("numpy", "dtype"), ("numpy", "ndarray"),
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"), ("_io", "BytesIO"),
+    ("io", "BytesIO"), ("pathlib", "PosixPath"), ("signal", "Signals"), ("builtins", "set"),
+}  # fmt: skip
+"""Names that training checkpoints hold beside their tensors: arguments, random states. None is ever called."""
+
+_DTYPES = {
+    "float32",
+    "float16",
+    "bfloat16",
+    "float64",
+    "float",
+    "half",
+    "double",
+    "int64",
+    "int32",
+    "uint8",
+    "int8",
+    "bool",
+}
+
+
+def _harmless(module: str, name: str) -> bool:
+    enums = module.split(".")[0] == "megatron" and module.split(".")[-1].endswith(("enums", "arguments"))
+    return (module, name) in _HARMLESS or enums or (module == "torch" and name in _DTYPES)
+
+
+_SAFE = "get the checkpoint as safetensors, or save its plain state dict again in a sandbox"
+
+
 class _Forbidden(Exception):
     pass
 
 
 class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any, *, inert: str = "nothing") -> None:
+        super().__init__(file)
+        self._inert = inert
+
     def find_class(self, module: str, name: str) -> Any:
-        try:
+        if (module, name) in _ALLOWED:
             return _ALLOWED[module, name]
-        except KeyError:
-            raise _Forbidden(f"{module}.{name}") from None
+        if self._inert == "anything" or (self._inert == "harmless" and _harmless(module, name)):
+            return type("Inert", (Inert,), {"name": f"{module}.{name}"})
+        raise _Forbidden(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, storage_type, key, _, numel = pid
@@ -95,12 +171,21 @@ def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def read_pickle(path: Path) -> dict[str, StoredTensor]:
-    """Find the tensors of a state dict saved by `torch.save`.
+def read_object(path: Path, *, inert: str = "nothing", hint: str = _SAFE) -> Any:
+    """Read what `torch.save` wrote, tensors by where they lie; no code of the file's choosing is run.
+
+    Args:
+        path: the file.
+        inert: which names beside tensors' become `Inert` stand-ins: nothing, harmless (those of training checkpoints)
+            or anything.
+        hint: what to do about a name that is refused.
+
+    Returns:
+        The object, with a `StoredTensor` (its `name` is empty) for each tensor.
 
     Raises:
-        BadInput: the file is truncated, not a torch zip, or not a mapping of names to tensors.
-        Refused: the pickle asks for anything but tensors, or a tensor is not stored contiguously.
+        BadInput: the file is truncated or not a torch zip.
+        Refused: the pickle asks for another name, or a tensor is not stored contiguously.
     """
     where = str(path)
     try:
@@ -114,7 +199,7 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
             if order != b"little":
                 raise Refused("the tensors are stored big-endian", where=where)
             with archive.open(pickles[0]) as file:
-                state = _Unpickler(file).load()
+                value = _Unpickler(file, inert=inert).load()
             offsets: dict[str, int] = {}
             sizes: dict[str, int] = {}
             for name, info in records.items():
@@ -129,7 +214,7 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
         raise Refused(
             f"the pickle asks for `{error}`, which is not needed to hold weights and could run code; it was not run",
             where=where,
-            hint="get the checkpoint as safetensors, or save its plain state dict again in a sandbox",
+            hint=hint,
         ) from None
     except zipfile.BadZipFile:
         head = path.open("rb").read(2)
@@ -153,26 +238,48 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
         struct.error,
     ) as error:
         raise BadInput(f"the pickle cannot be read: {error}", where=where, hint="download the file again") from None
+    size = path.stat().st_size
+
+    def located(value: Any) -> Any:
+        if isinstance(value, _Tensor):
+            return _locate(value, offsets, sizes, size, path)
+        if isinstance(value, Inert):
+            value.state = located(value.state)
+            return value
+        if isinstance(value, dict):
+            return {key: located(entry) for key, entry in value.items()}
+        if isinstance(value, list):
+            return [located(entry) for entry in value]
+        return value
+
+    return located(value)
+
+
+def _locate(value: _Tensor, offsets: dict[str, int], sizes: dict[str, int], size: int, path: Path) -> StoredTensor:
+    storage, item, where = value.storage, ITEMSIZE[value.storage.dtype], str(path)
+    if not _contiguous(value.shape, value.stride):
+        raise Refused("a tensor is stored non-contiguously", where=where, hint="save it after .contiguous()")
+    begin, count = value.offset * item, math.prod(value.shape) * item
+    cut = storage.key not in offsets or begin + count > sizes[storage.key]
+    if cut or offsets[storage.key] + begin + count > size:
+        raise BadInput("the bytes of a tensor are missing or cut short", where=where, hint="download it again")
+    return StoredTensor("", path, offsets[storage.key] + begin, storage.dtype, value.shape)
+
+
+def read_pickle(path: Path) -> dict[str, StoredTensor]:
+    """Find the tensors of a state dict saved by `torch.save`.
+
+    Raises:
+        BadInput: the file is truncated, not a torch zip, or not a mapping of names to tensors.
+        Refused: the pickle asks for anything but tensors, or a tensor is not stored contiguously.
+    """
+    where = str(path)
+    state = read_object(path)
     if not isinstance(state, Mapping):
         raise BadInput("the file does not hold a state dict (a mapping of names to tensors)", where=where)
-    size = path.stat().st_size
     tensors: dict[str, StoredTensor] = {}
     for name, value in state.items():
-        if not isinstance(value, _Tensor) or not isinstance(name, str):
+        if not isinstance(value, StoredTensor) or not isinstance(name, str):
             raise BadInput(f"entry `{name}` is not a tensor: not a plain state dict", where=where)
-        storage, item = value.storage, ITEMSIZE[value.storage.dtype]
-        if not _contiguous(value.shape, value.stride):
-            raise Refused(
-                f"tensor `{name}` is stored non-contiguously", where=where, hint="save it after .contiguous()"
-            )
-        begin, count = value.offset * item, math.prod(value.shape) * item
-        if (
-            storage.key not in offsets
-            or begin + count > sizes[storage.key]
-            or offsets[storage.key] + begin + count > size
-        ):
-            raise BadInput(
-                f"the bytes of tensor `{name}` are missing or cut short", where=where, hint="download it again"
-            )
-        tensors[name] = StoredTensor(name, path, offsets[storage.key] + begin, storage.dtype, value.shape)
+        tensors[name] = value._replace(name=name)
     return tensors
