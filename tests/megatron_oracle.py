@@ -1,0 +1,465 @@
+"""The real megatron-core on a CPU, to load, run and save checkpoints: none of our own code has a part in it.
+
+    import megatron_oracle as oracle
+
+    first, second = oracle.run([
+        oracle.Load(model, oracle.Grid(tp=2, pp=2), directory, "torch", ids),
+        oracle.Save(model, oracle.Grid(tp=2), other_directory, "torch_dist", ids, seed=1),
+    ])
+
+`run` starts as many processes as the largest grid needs, once, and they do all jobs in turn: importing megatron-core
+takes each of them several seconds. Every job has a process group of its own, over gloo, of just the ranks of its grid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zlib
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Without psutil its writer processes die and `dist_checkpointing.save` waits for them for ever.
+AVAILABLE = all(importlib.util.find_spec(name) for name in ("torch", "psutil", "megatron")) and bool(
+    importlib.util.find_spec("megatron.core")
+)
+ITERATION = 1
+_TIMEOUT = 60  # seconds a rank waits for another
+
+
+@dataclass(frozen=True)
+class Model:
+    """A dense decoder with RMSNorm, rotary embedding and SwiGLU, in Megatron's words.
+
+    `vocab_size` counts the tokens there are, `padded_vocab_size` the rows of the embedding.
+    """
+
+    num_layers: int = 4
+    hidden_size: int = 48
+    ffn_hidden_size: int = 104
+    num_attention_heads: int = 8
+    num_query_groups: int = 2
+    kv_channels: int = 16
+    vocab_size: int = 131
+    padded_vocab_size: int = 136
+    norm_epsilon: float = 1e-5
+    rotary_base: int = 10000
+    rotary_percent: float = 1.0
+    rotary_interleaved: bool = False
+    rope_scaling_factor: float | None = None
+    add_qkv_bias: bool = False
+    add_bias_linear: bool = False
+    qk_layernorm: bool = False
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a model is cut.
+
+    Attributes:
+        tp: tensor-parallel ranks.
+        pp: pipeline-parallel ranks.
+        vpp: chunks of each pipeline rank, or None; to be given with a `layout` that has several.
+        first: layers of the first pipeline rank, or None for an even share.
+        last: layers of the last pipeline rank, or None.
+        embedding_counts: the embedding counts as a layer when layers are dealt.
+        loss_counts: the head counts as a layer.
+        layout: Megatron's layout string, such as `Et|tttL`, or None.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int | None = None
+    first: int | None = None
+    last: int | None = None
+    embedding_counts: bool = False
+    loss_counts: bool = False
+    layout: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return self.tp * self.pp
+
+
+@dataclass(frozen=True)
+class Load:
+    """Load a checkpoint strictly and run it: gives logits, float32 [batch, tokens, vocab_size].
+
+    Attributes:
+        model: its sizes; nothing is taken from the checkpoint's own args.
+        grid: for `torch`, as the checkpoint is cut; for `torch_dist`, any.
+        directory: holds latest_checkpointed_iteration.txt and the folder it names.
+        fmt: `torch` or `torch_dist`.
+        input_ids: int64 [batch, tokens].
+    """
+
+    model: Model
+    grid: Grid
+    directory: Path
+    fmt: str
+    input_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Save(Load):
+    """Save a random model; gives the logits it has, as `Load` does.
+
+    Attributes:
+        seed: of the weights: N(0, 0.2), norm weights around one. Rows that pad the vocabulary are random too.
+        metadata: options of the `torch_dist` layout, such as {"non_homogeneous_layers": True}.
+    """
+
+    seed: int = 0
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Failed(Exception):
+    """Megatron refused a job; the text is the traceback of the first rank that failed."""
+
+
+def run(jobs: Sequence[Load], timeout: float = 300) -> list[np.ndarray | Failed]:
+    """Do all jobs in one launch.
+
+    Args:
+        jobs: done in order, so that a `Load` may read what a `Save` before it wrote.
+        timeout: seconds for all of them together.
+
+    Returns:
+        For each job its logits, or why it failed.
+
+    Raises:
+        RuntimeError: the processes died or took too long.
+    """
+    world = max(job.grid.size for job in jobs)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "jobs.pickle").write_bytes(pickle.dumps(list(jobs)))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
+        # A file for each rank's output: a full pipe would block it.
+        outputs = [(folder / f"output_{rank}").open("w+") for rank in range(world)]
+        command = [sys.executable, str(Path(__file__).resolve()), name]
+        workers = [
+            subprocess.Popen(
+                [*command, str(rank)], env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            for rank, output in enumerate(outputs)
+        ]
+        try:
+            _wait(workers, time.monotonic() + timeout)
+            codes = [worker.returncode for worker in workers]
+            if any(code != 0 for code in codes):
+                rank = next((rank for rank, code in enumerate(codes) if code != 0))
+                text = (folder / f"output_{rank}").read_text()[-4000:]
+                raise RuntimeError(f"megatron's processes ended with {codes} (None: not in time); rank {rank}:\n{text}")
+        finally:
+            for worker in workers:
+                if worker.poll() is None:
+                    os.killpg(worker.pid, signal.SIGKILL)  # with the writers it started
+                worker.wait()
+            for output in outputs:
+                output.close()
+        return [_result(folder, index) for index in range(len(jobs))]
+
+
+def logits(model: Model, grid: Grid, directory: Path, fmt: str, input_ids: np.ndarray) -> np.ndarray:
+    """Do one `Load`.
+
+    Raises:
+        Failed: megatron-core does not load the checkpoint.
+    """
+    return _only(run([Load(model, grid, directory, fmt, input_ids)]))
+
+
+def save(model: Model, grid: Grid, fmt: str, directory: Path, seed: int, input_ids: np.ndarray) -> np.ndarray:
+    """Do one `Save`; its logits."""
+    return _only(run([Save(model, grid, directory, fmt, input_ids, seed)]))
+
+
+def _only(results: list[np.ndarray | Failed]) -> np.ndarray:
+    if isinstance(results[0], Failed):
+        raise results[0]
+    return results[0]
+
+
+def _wait(workers: list[subprocess.Popen[bytes]], deadline: float) -> None:
+    """Until all have ended, one has ended badly, or time is up."""
+    while time.monotonic() < deadline:
+        if all(worker.poll() is not None for worker in workers) or any(worker.returncode for worker in workers):
+            return
+        time.sleep(0.05)
+
+
+def _result(folder: Path, index: int) -> np.ndarray | Failed:
+    # A failing rank takes its neighbours down with it: the first to fail says why.
+    failures = sorted(folder.glob(f"failed_{index}_*"), key=lambda path: path.stat().st_mtime_ns)
+    if failures:
+        return Failed(failures[0].read_text())
+    array: np.ndarray = np.load(folder / f"logits_{index}.npy")
+    return array
+
+
+def arguments(model: Model, grid: Grid, fmt: str) -> Namespace:
+    """The `args` of a checkpoint, named as Megatron-LM names them."""
+    sizes = {
+        key: value for key, value in asdict(model).items() if key not in ("vocab_size", "rope_scaling_factor", "tied")
+    }
+    return Namespace(
+        **sizes,
+        seq_length=64, max_position_embeddings=64, group_query_attention=True, make_vocab_size_divisible_by=1,
+        position_embedding_type="rope", add_position_embedding=False, use_rotary_position_embeddings=True,
+        use_rope_scaling=model.rope_scaling_factor is not None, rope_scaling_factor=model.rope_scaling_factor or 8.0,
+        swiglu=True, squared_relu=False, normalization="RMSNorm", apply_layernorm_1p=False,
+        apply_query_key_layer_scaling=False, attention_dropout=0.0, hidden_dropout=0.0, num_experts=None,
+        multi_latent_attention=False, untie_embeddings_and_output_weights=not model.tied, ckpt_format=fmt,
+        tokenizer_type="NullTokenizer", tensor_model_parallel_size=grid.tp, pipeline_model_parallel_size=grid.pp,
+        virtual_pipeline_model_parallel_size=grid.vpp, decoder_first_pipeline_num_layers=grid.first,
+        decoder_last_pipeline_num_layers=grid.last, pipeline_model_parallel_layout=grid.layout,
+        account_for_embedding_in_pipeline_split=grid.embedding_counts,
+        account_for_loss_in_pipeline_split=grid.loss_counts, expert_model_parallel_size=1, iteration=ITERATION,
+        consumed_train_samples=0, params_dtype="float32",
+    )  # fmt: skip
+
+
+# What follows runs in the workers only.
+
+
+def gpt_model(model: Model, grid: Grid, vp_stage: int | None = None) -> Any:
+    """megatron.core's GPTModel, local spec, for this rank's chunk; the parallel state must be initialised."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        layernorm_epsilon=model.norm_epsilon,
+        rotary_interleaved=model.rotary_interleaved,
+        add_qkv_bias=model.add_qkv_bias,
+        add_bias_linear=model.add_bias_linear,
+        qk_layernorm=model.qk_layernorm,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        params_dtype=torch.float32,
+        pipeline_dtype=torch.float32,
+        apply_rope_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        tensor_model_parallel_size=grid.tp,
+        pipeline_model_parallel_size=grid.pp,
+        virtual_pipeline_model_parallel_size=grid.vpp,
+        num_layers_in_first_pipeline_stage=grid.first,
+        num_layers_in_last_pipeline_stage=grid.last,
+        account_for_embedding_in_pipeline_split=grid.embedding_counts,
+        account_for_loss_in_pipeline_split=grid.loss_counts,
+        pipeline_model_parallel_layout=grid.layout,
+    )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    built = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm"),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=64,
+        pre_process=stage == 0 and not vp_stage,
+        post_process=stage == grid.pp - 1 and vp_stage in (None, (grid.vpp or 1) - 1),
+        parallel_output=False,
+        share_embeddings_and_output_weights=model.tied,
+        position_embedding_type="rope",
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        rope_scaling=model.rope_scaling_factor is not None,
+        rope_scaling_factor=model.rope_scaling_factor or 8.0,
+        vp_stage=vp_stage,
+    )
+    return built.eval()
+
+
+@contextlib.contextmanager
+def _parallel(grid: Grid, rank: int, store: Path) -> Iterator[None]:
+    """A process group and Megatron's parallel state for a grid."""
+    import torch
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=grid.size, timeout=timedelta(seconds=_TIMEOUT)
+    )
+    try:
+        parallel_state.initialize_model_parallel(grid.tp, grid.pp, grid.vpp)
+        tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def _forward(chunks: list[Any], model: Model, grid: Grid, input_ids: np.ndarray) -> np.ndarray | None:
+    """Logits on the last pipeline rank, None elsewhere: each chunk hands its hidden states to the next rank."""
+    import torch
+    from megatron.core import parallel_state
+
+    ids = torch.from_numpy(np.ascontiguousarray(input_ids))
+    batch, tokens = ids.shape
+    positions = torch.arange(tokens)[None].expand(batch, tokens)
+    masked = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)[None, None]
+    stage, output = parallel_state.get_pipeline_model_parallel_rank(), None
+    for depth in range(grid.pp * len(chunks)):
+        if depth % grid.pp != stage:
+            continue
+        chunk = chunks[depth // grid.pp]
+        if depth > 0:
+            hidden = output
+            if grid.pp > 1:
+                hidden = torch.empty(tokens, batch, model.hidden_size)
+                torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+            chunk.set_input_tensor(hidden)
+        output = chunk(ids, positions, masked)
+        if depth < grid.pp * len(chunks) - 1 and grid.pp > 1:
+            torch.distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+    return output.numpy()[..., : model.vocab_size] if stage == grid.pp - 1 else None
+
+
+def _randomise(chunk: Any, seed: int) -> None:
+    """Weights that depend on the seed, the parameter, its layer and, where it is cut, the rank."""
+    import torch
+    from megatron.core import parallel_state
+
+    rank, shift = parallel_state.get_tensor_model_parallel_rank(), 0
+    if len(chunk.decoder.layers):
+        shift = chunk.decoder.layers[0].layer_number - 1
+    for name, parameter in chunk.named_parameters():
+        words = name.split(".")
+        if words[:2] == ["decoder", "layers"]:
+            words[2] = str(int(words[2]) + shift)
+        if chunk.share_embeddings_and_output_weights and words[0] == "output_layer":
+            words = ["embedding", "word_embeddings", "weight"]  # the last stage's copy
+        part = rank if getattr(parameter, "tensor_model_parallel", False) else 0
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {'.'.join(words)} {part}".encode()))
+        parameter.normal_(0.0, 0.2, generator=generator)
+        if parameter.ndim == 1 and name.endswith("norm.weight"):
+            parameter.add_(1.0)
+
+
+def _keys(chunks: list[Any]) -> list[str]:
+    """Where Megatron-LM puts the chunks of a rank."""
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
+
+
+def _rank_file(folder: Path, grid: Grid) -> Path:
+    from megatron.core import parallel_state
+
+    name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
+    if grid.pp > 1:
+        name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    return folder / name / "model_optim_rng.pt"
+
+
+def _sharded(chunks: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: chunk.sharded_state_dict(metadata=dict(metadata))
+        for key, chunk in zip(_keys(chunks), chunks, strict=True)
+    }
+
+
+def _load(job: Load, chunks: list[Any]) -> None:
+    import torch
+    from megatron.core import dist_checkpointing
+
+    label = (job.directory / "latest_checkpointed_iteration.txt").read_text().strip()
+    folder = job.directory / (label if label == "release" else f"iter_{int(label):07d}")
+    if job.fmt == "torch":
+        state = torch.load(_rank_file(folder, job.grid), weights_only=False)
+        if state["checkpoint_version"] < 3.0 or "iteration" not in state or "num_layers" not in vars(state["args"]):
+            raise ValueError("Megatron-LM would not take such a rank file")
+        if {key for key in state if key.startswith("model")} != set(_keys(chunks)):
+            raise ValueError(f"the rank file holds {sorted(state)}, the grid asks for {_keys(chunks)}")
+    else:
+        metadata = dist_checkpointing.load_content_metadata(str(folder)) or {}
+        state = dist_checkpointing.load(_sharded(chunks, metadata), str(folder))
+    for key, chunk in zip(_keys(chunks), chunks, strict=True):
+        chunk.load_state_dict(state[key], strict=True)
+
+
+def _save(job: Save, chunks: list[Any]) -> None:
+    import torch
+    from megatron.core import dist_checkpointing
+
+    for chunk in chunks:
+        _randomise(chunk, job.seed)
+    folder = job.directory / f"iter_{ITERATION:07d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (job.directory / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
+    state = {"args": arguments(job.model, job.grid, job.fmt), "checkpoint_version": 3.0, "iteration": ITERATION}
+    if job.fmt == "torch":
+        path = _rank_file(folder, job.grid)
+        path.parent.mkdir(exist_ok=True)
+        for key, chunk in zip(_keys(chunks), chunks, strict=True):
+            state[key] = chunk.state_dict_for_save_checkpoint()
+        torch.save(state, path)
+    else:
+        metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, **job.metadata}
+        state |= _sharded(chunks, metadata)
+        dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+    torch.distributed.barrier()
+
+
+def _work(folder: Path, rank: int) -> None:
+    """A worker: its part in every job."""
+    import torch
+
+    # On a machine without CUDA megatron-core asks for three things only CUDA has.
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[assignment, method-assign]
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    for index, job in enumerate(pickle.loads((folder / "jobs.pickle").read_bytes())):
+        if rank >= job.grid.size:
+            continue
+        try:
+            with _parallel(job.grid, rank, folder / f"store_{index}"):
+                stages = [None] if job.grid.vpp is None else range(job.grid.vpp)
+                chunks = [gpt_model(job.model, job.grid, stage) for stage in stages]
+                if isinstance(job, Save):
+                    _save(job, chunks)
+                else:
+                    _load(job, chunks)
+                output = _forward(chunks, job.model, job.grid, job.input_ids)
+                if rank == job.grid.size - 1:
+                    np.save(folder / f"logits_{index}.npy", output)
+        except BaseException:  # its CheckpointException is no Exception
+            (folder / f"failed_{index}_{rank}").write_text(traceback.format_exc())
+
+
+if __name__ == "__main__":
+    # The jobs were pickled under the module's name, and megatron-core spawns processes that import this file again.
+    import megatron_oracle
+
+    megatron_oracle._work(Path(sys.argv[1]), int(sys.argv[2]))
