@@ -383,8 +383,7 @@ def _rank_file(folder: Path, grid: Grid) -> Path:
 
 def _sharded(chunks: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: chunk.sharded_state_dict(metadata=dict(metadata))
-        for key, chunk in zip(_keys(chunks), chunks, strict=True)
+        key: chunk.sharded_state_dict(metadata=dict(metadata)) for key, chunk in zip(_keys(chunks), chunks, strict=True)
     }
 
 

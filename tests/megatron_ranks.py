@@ -6,7 +6,7 @@ Which layers a rank holds is spelled out case by case, from Megatron-LM's docume
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 PADDED_VOCAB = 136
 _SIZES = {"num_attention_heads": 8, "num_hidden_layers": 4}
-_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-           "original_max_position_embeddings": 8192}  # fmt: skip
+_LLAMA3 = {"rope_theta": 5e5, "max_position_embeddings": 16384, "rope_scaling": {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192}}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ CASES = {
     "qk_norm": Case("qwen3", Grid(tp=2, pp=2), _HALVES),
     "qk_norm_tp4": Case("qwen3", Grid(tp=4)),
     "biases": Case("llama_bias", Grid(tp=2)),
-    "rope_scaling": Case("llama_llama3", Grid(tp=2), overrides={"rope_scaling": _LLAMA3, "rope_theta": 5e5}),
+    "rope_scaling": Case("llama_llama3", Grid(tp=2), overrides=_LLAMA3),
     "rotary_interleaved_half": Case("glm", Grid(tp=2)),
 }
 CONTROLS = {
@@ -80,7 +81,7 @@ CONTROLS = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def input_ids() -> np.ndarray:
     """Two rows of 19 tokens."""
     return np.random.default_rng(5).integers(0, checkpoints.BASE["vocab_size"], (2, 19))
@@ -100,7 +101,8 @@ def expected(case: Case) -> np.ndarray:
 
 def model_of(case: Case) -> Model:
     """Megatron's sizes for the model of a case."""
-    config = build(case).config
+    model = build(case)
+    config, names = model.config, model.state_dict()
     heads, rope = config.num_attention_heads, config.rope_parameters
     return Model(
         num_layers=config.num_hidden_layers,
@@ -116,9 +118,9 @@ def model_of(case: Case) -> Model:
         rotary_percent=rope.get("partial_rotary_factor") or 1.0,
         rotary_interleaved=case.arch == "glm",
         rope_scaling_factor=rope.get("factor"),
-        add_qkv_bias=case.arch.startswith("qwen2"),
-        add_bias_linear=case.arch == "llama_bias",
-        qk_layernorm=case.arch == "qwen3",
+        add_qkv_bias="model.layers.0.self_attn.q_proj.bias" in names,
+        add_bias_linear="model.layers.0.mlp.down_proj.bias" in names,
+        qk_layernorm="model.layers.0.self_attn.q_norm.weight" in names,
         tied=config.tie_word_embeddings,
     )
 

@@ -38,18 +38,27 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as `x`."""
-        wide = x.double() if x.dtype == torch.float64 else x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`RMSNorm` with a weight given by the caller."""
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def frequencies(dims: int, theta: float, device: torch.device) -> Tensor:
+    """Rotary frequencies theta^(-2j/dims): float32 [dims / 2], rounded as models round them."""
+    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=device) / dims
+    return 1.0 / theta**exponents
 
 
 def angles(position_ids: Tensor, dims: int, theta: float, factor: float = 1.0) -> Tensor:
     """Rotary angles p · theta^(-2j/dims) / factor (Su et al., RoFormer, 2021): float64 [batch, tokens, dims / 2]."""
     # Rounded to float32 on the way, in this order, as models do everywhere: at position 10^5 exact angles would move
     # the logits by 1e-4 of their scale.
-    exponents = torch.arange(0, dims, 2, dtype=torch.float32, device=position_ids.device) / dims
-    frequencies = 1.0 / theta**exponents / factor
-    return (position_ids.float()[..., None] * frequencies).double()
+    return (position_ids.float()[..., None] * (frequencies(dims, theta, position_ids.device) / factor)).double()
 
 
 def rotate_halves(x: Tensor, angle: Tensor) -> Tensor:
