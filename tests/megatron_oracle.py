@@ -38,7 +38,7 @@ AVAILABLE = all(importlib.util.find_spec(name) for name in ("torch", "psutil", "
     importlib.util.find_spec("megatron.core")
 )
 ITERATION = 1
-_TIMEOUT = 60  # seconds a rank waits for another
+_TIMEOUT = 120  # seconds a rank waits for another
 
 
 @dataclass(frozen=True)
@@ -130,10 +130,10 @@ class Save(Load):
 
 
 class Failed(Exception):
-    """Megatron refused a job; the text is the traceback of the first rank that failed."""
+    """Megatron refused a job; the text is the traceback of a rank that failed."""
 
 
-def run(jobs: Sequence[Load], timeout: float = 300) -> list[np.ndarray | Failed]:
+def run(jobs: Sequence[Load], timeout: float = 600) -> list[np.ndarray | Failed]:
     """Do all jobs in one launch.
 
     Args:
@@ -206,8 +206,7 @@ def _wait(workers: list[subprocess.Popen[bytes]], deadline: float) -> None:
 
 
 def _result(folder: Path, index: int) -> np.ndarray | Failed:
-    # A failing rank takes its neighbours down with it: the first to fail says why.
-    failures = sorted(folder.glob(f"failed_{index}_*"), key=lambda path: path.stat().st_mtime_ns)
+    failures = sorted(folder.glob(f"failed_{index}_*"))
     if failures:
         return Failed(failures[0].read_text())
     array: np.ndarray = np.load(folder / f"logits_{index}.npy")
@@ -444,17 +443,23 @@ def _work(folder: Path, rank: int) -> None:
             continue
         try:
             with _parallel(job.grid, rank, folder / f"store_{index}"):
-                stages = [None] if job.grid.vpp is None else range(job.grid.vpp)
-                chunks = [gpt_model(job.model, job.grid, stage) for stage in stages]
-                if isinstance(job, Save):
-                    _save(job, chunks)
-                else:
-                    _load(job, chunks)
+                chunks, problems = [], [None] * job.grid.size
+                try:
+                    stages = [None] if job.grid.vpp is None else range(job.grid.vpp)
+                    chunks = [gpt_model(job.model, job.grid, stage) for stage in stages]
+                    (_save if isinstance(job, Save) else _load)(job, chunks)
+                    problem = None
+                except BaseException:  # its CheckpointException is no Exception
+                    problem = traceback.format_exc()
+                # All stop if one does, or the others would wait for it in vain.
+                torch.distributed.all_gather_object(problems, problem)
+                if any(problems):
+                    raise RuntimeError(next(text for text in problems if text))
                 output = _forward(chunks, job.model, job.grid, job.input_ids)
                 if rank == job.grid.size - 1:
                     np.save(folder / f"logits_{index}.npy", output)
-        except BaseException:  # its CheckpointException is no Exception
-            (folder / f"failed_{index}_{rank}").write_text(traceback.format_exc())
+        except Exception as error:
+            (folder / f"failed_{index}_{rank}").write_text(f"{error}\n{traceback.format_exc()}")
 
 
 if __name__ == "__main__":

@@ -242,7 +242,7 @@ class MegatronLayer(nn.Module):
             share = s.tp // s.groups
             whole = [torch.cat(fused[first : first + share], -1) for first in range(0, s.tp, share)]
             fused = [whole[rank // share] for rank in range(s.tp)]
-        return [part.unflatten(-1, (-1, s.heads // s.groups + 2, s.head_dim)) for part in fused]
+        return [part.reshape(*part.shape[:-1], -1, s.heads // s.groups + 2, s.head_dim) for part in fused]
 
     def _attention(self, x: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         s = self.sizes
