@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 PADDED_VOCAB = 136
 _SIZES = {"num_attention_heads": 8, "num_hidden_layers": 4}
-_LLAMA3 = {"rope_theta": 5e5, "max_position_embeddings": 16384, "rope_scaling": {
+_LLAMA3 = {"rope_theta": 5e5, "head_dim": 16, "max_position_embeddings": 16384, "rope_scaling": {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192}}  # fmt: skip
 
