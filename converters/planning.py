@@ -223,7 +223,7 @@ def _checked_away(model: CanonicalModel, tensors: Mapping[str, Expression]) -> d
 
 def _identity(checkpoint: Checkpoint, files: Any, summary: Mapping[str, Any]) -> str:
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
-    layout = [(f.name, f.size, hashlib.sha256(f.prefix).hexdigest()) for f in files]
+    layout = [(f.name, f.size, f.digest) for f in files]
     value = [llmconvert.__version__, str(checkpoint.path.resolve()), stats, layout, summary]
     return json.dumps(value, sort_keys=True, default=str) + "\n"
 

@@ -6,12 +6,14 @@ import errno
 import os
 import shutil
 import threading
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import xxhash
 
+from llmconvert.checkpoint.torch_zip import combine_crc
 from llmconvert.engine.journal import Workspace
 from llmconvert.engine.plan import Plan, Region
 from llmconvert.errors import InputOutput, LlmconvertError
@@ -50,6 +52,24 @@ def check_space(plan: Plan, directory: Path, already: int = 0) -> None:
         )
 
 
+_CRC = " crc32 "
+
+
+class _Hasher:
+    """The checksum of a region; with the CRC-32 beside it where the format wants one."""
+
+    def __init__(self, *, wants_crc: bool) -> None:
+        self._hasher, self._crc = xxhash.xxh3_128(), 0 if wants_crc else None
+
+    def update(self, view: memoryview) -> None:
+        self._hasher.update(view)
+        if self._crc is not None:
+            self._crc = zlib.crc32(view, self._crc)
+
+    def hexdigest(self) -> str:
+        return self._hasher.hexdigest() + (f"{_CRC}{self._crc:08x}" if self._crc is not None else "")
+
+
 class Executor:
     """Runs a plan in a workspace.
 
@@ -67,6 +87,7 @@ class Executor:
         self._reader = Reader()
         self._outputs: dict[str, int] = {}
         self._buffers = threading.local()
+        self._crc_places = {name: places for file in plan.files for name, places in file.crc_places.items()}
 
     def run(self) -> dict[str, str]:
         """Write everything.
@@ -87,11 +108,15 @@ class Executor:
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, directory / name)
             for file in self.plan.files:
+                (directory / file.name).parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(directory / file.name, os.O_CREAT | os.O_RDWR, 0o666)
                 self._outputs[file.name] = descriptor
-                os.pwrite(descriptor, file.prefix, 0)
                 os.ftruncate(descriptor, file.size)
-            return self._fill()
+                for offset, data in file.pieces:
+                    os.pwrite(descriptor, data, offset)
+            checksums = self._fill()
+            self._write_crcs(checksums)
+            return {key: checksum.partition(_CRC)[0] for key, checksum in checksums.items()}
         except OSError as error:
             raise disk_full(error, directory) from None
         finally:
@@ -122,6 +147,18 @@ class Executor:
                 raise
         return checksums
 
+    def _write_crcs(self, checksums: dict[str, str]) -> None:
+        """Give each tensor that wants one its CRC-32, combined from its regions'."""
+        crcs: dict[str, int] = {}
+        for region in self.plan.regions():
+            name = region.tensor.name
+            if name in self._crc_places:
+                crc = int(checksums[region.key].partition(_CRC)[2], 16)
+                crcs[name] = combine_crc(crcs.get(name, 0), crc, region.nbytes)
+        for tensor in self.plan.tensors:
+            for place in self._crc_places.get(tensor.name, ()):
+                os.pwrite(self._outputs[tensor.file], crcs.get(tensor.name, 0).to_bytes(4, "little"), place)
+
     def _buffer(self) -> bytearray:
         if not hasattr(self._buffers, "data"):
             self._buffers.data = bytearray(MOVE_BYTES)
@@ -133,7 +170,7 @@ class Executor:
         if recorded is not None and recorded == self._checksum_written(region):
             self.progress(region.nbytes)
             return recorded
-        hasher = xxhash.xxh3_128()
+        hasher = _Hasher(wants_crc=region.tensor.name in self._crc_places)
         descriptor, position = self._outputs[region.tensor.file], region.offset
         for expression, start, stop in pieces(region.tensor.expression, region.start, region.stop):
             if isinstance(expression, Stored):
@@ -146,9 +183,7 @@ class Executor:
         self.workspace.record(region.key, checksum)
         return checksum
 
-    def _move(
-        self, source: Stored, start: int, stop: int, descriptor: int, position: int, hasher: xxhash.xxh3_128
-    ) -> int:
+    def _move(self, source: Stored, start: int, stop: int, descriptor: int, position: int, hasher: _Hasher) -> int:
         buffer = memoryview(self._buffer())
         begin, end = start * source.row_bytes, stop * source.row_bytes
         for offset in range(begin, end, MOVE_BYTES):
@@ -157,7 +192,7 @@ class Executor:
             position = self._write(descriptor, view, position, hasher)
         return position
 
-    def _write(self, descriptor: int, view: memoryview, position: int, hasher: xxhash.xxh3_128) -> int:
+    def _write(self, descriptor: int, view: memoryview, position: int, hasher: _Hasher) -> int:
         if self.stop.is_set():
             raise Interrupted("stopped")
         hasher.update(view)
@@ -168,7 +203,7 @@ class Executor:
         return position + done
 
     def _checksum_written(self, region: Region) -> str:
-        hasher = xxhash.xxh3_128()
+        hasher = _Hasher(wants_crc=region.tensor.name in self._crc_places)
         buffer = memoryview(self._buffer())
         for offset in range(0, region.nbytes, MOVE_BYTES):
             view = buffer[: min(MOVE_BYTES, region.nbytes - offset)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -59,11 +60,27 @@ class Region:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """A weight file of the output: its first bytes and its full size."""
+    """A weight file of the output.
+
+    Attributes:
+        name: its path within the output.
+        size: in bytes.
+        pieces: its bytes that are not tensors', as (offset, bytes).
+        crc_places: for tensors whose CRC-32 the format wants, where it goes (4 bytes, little-endian), by tensor name.
+    """
 
     name: str
-    prefix: bytes
     size: int
+    pieces: tuple[tuple[int, bytes], ...]
+    crc_places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of `pieces`."""
+        hasher = hashlib.sha256()
+        for offset, data in self.pieces:
+            hasher.update(f"{offset}:{len(data)}:".encode() + data)
+        return hasher.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -139,5 +156,5 @@ def lay_out(
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         prefix, offsets = layout({key: (e.dtype, e.shape) for key, e in shard.items()})
         outputs += [OutputTensor(key, name, offsets[key], e) for key, e in shard.items()]
-        files.append(WeightFile(name, prefix, len(prefix) + sum(e.nbytes for e in shard.values())))
+        files.append(WeightFile(name, len(prefix) + sum(e.nbytes for e in shard.values()), ((0, prefix),)))
     return tuple(outputs), tuple(files)

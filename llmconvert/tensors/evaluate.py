@@ -19,7 +19,9 @@ from llmconvert.checkpoint.dtypes import ITEMSIZE, TO_NAME, carrier
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.errors import BadInput, Refused
 from llmconvert.tensors.expressions import (
+    Beside,
     Cast,
+    Columns,
     Concat,
     Expression,
     Fill,
@@ -201,6 +203,10 @@ def evaluate(expression: Expression, start: int, stop: int, reader: Reader) -> B
             return out
         case Rows(operand=operand, start=first):
             return evaluate(operand, first + start, first + stop, reader)
+        case Columns(operand=operand, start=first):
+            return evaluate(operand, start, stop, reader)[:, first : first + expression.shape[1]]
+        case Beside(parts=parts):
+            return np.concatenate([evaluate(part, start, stop, reader) for part in parts], axis=1)
         case Concat() | Interleave():
             blocks = [evaluate(part, low, high, reader) for part, low, high in segments(expression, start, stop)]
             return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)

@@ -82,6 +82,13 @@ class Rows(_Unary):
 
 
 @dataclass(frozen=True)
+class Columns(_Unary):
+    """Columns `start` to `start + shape[1]` of the operand."""
+
+    start: int
+
+
+@dataclass(frozen=True)
 class Gather(_Unary):
     """Rows (axis 0) or columns (axis 1) picked by a pattern that repeats.
 
@@ -144,6 +151,18 @@ class Concat(Expression):
 
 
 @dataclass(frozen=True)
+class Beside(Expression):
+    """Operands side by side along axis 1."""
+
+    parts: tuple[Expression, ...]
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        """The parts."""
+        return self.parts
+
+
+@dataclass(frozen=True)
 class Interleave(Expression):
     """Rows dealt from each part in turn: `chunks[0]` from the first, `chunks[1]` from the second, and round again."""
 
@@ -181,6 +200,21 @@ def rows(operand: Expression, start: int, stop: int) -> Expression:
     return Rows((stop - start, *operand.shape[1:]), operand.dtype, operand, start)
 
 
+def columns(operand: Expression, start: int, stop: int) -> Expression:
+    """Columns `start` to `stop` of a matrix.
+
+    Raises:
+        ValueError: the range is not inside the operand.
+    """
+    if len(operand.shape) != 2 or not 0 <= start <= stop <= operand.shape[1]:
+        raise ValueError(f"columns {start}:{stop} of shape {operand.shape}")
+    if (start, stop) == (0, operand.shape[1]):
+        return operand
+    if isinstance(operand, Columns):
+        return columns(operand.operand, operand.start + start, operand.start + stop)
+    return Columns((operand.shape[0], stop - start), operand.dtype, operand, start)
+
+
 def gather(operand: Expression, pattern: Sequence[int], period: int, axis: int = 0) -> Expression:
     """Pick `pattern` from each group of `period` rows (axis 0) or columns (axis 1).
 
@@ -214,6 +248,20 @@ def concat(parts: Sequence[Expression]) -> Expression:
     if len(parts) == 1:
         return first
     return Concat((sum(part.rows for part in parts), *first.shape[1:]), first.dtype, tuple(parts))
+
+
+def beside(parts: Sequence[Expression]) -> Expression:
+    """Put matrices side by side along axis 1.
+
+    Raises:
+        ValueError: the parts differ in dtype or in rows.
+    """
+    first = parts[0]
+    if any(len(part.shape) != 2 or part.shape[0] != first.shape[0] or part.dtype != first.dtype for part in parts):
+        raise ValueError(f"cannot put side by side {[(part.dtype, part.shape) for part in parts]}")
+    if len(parts) == 1:
+        return first
+    return Beside((first.shape[0], sum(part.shape[1] for part in parts)), first.dtype, tuple(parts))
 
 
 def interleave(parts: Sequence[Expression], chunks: Sequence[int]) -> Expression:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.engine.plan import Plan
 from llmconvert.errors import ProofFailed
-from llmconvert.tensors.expressions import Concat, Expression, Fill, Gather, Interleave, Rows, Stored
+from llmconvert.tensors.expressions import Beside, Columns, Concat, Expression, Fill, Gather, Interleave, Rows, Stored
 
 _Rows = npt.NDArray[np.int64]
 
@@ -37,20 +37,37 @@ class Ledger:
     output_bytes: int
 
 
-def _usage(expression: Expression, index: _Rows, counts: dict[str, _Rows]) -> None:
-    """Count the source rows behind rows `index` of an expression."""
+_Counts = dict[str, dict[tuple[int, int], _Rows]]
+"""For each source tensor, how often each row is used, apart for each range of columns it is used in."""
+
+
+def _usage(expression: Expression, index: _Rows, counts: _Counts, cut: tuple[int, int] | None = None) -> None:
+    """Count the source rows behind rows `index` of an expression, or behind columns `cut` of them."""
     match expression:
         case Stored(tensor=tensor):
-            count = counts.setdefault(tensor.name, np.zeros(expression.rows, dtype=np.int64))
+            whole = (0, expression.shape[1] if len(expression.shape) > 1 else 1)
+            ranges = counts.setdefault(tensor.name, {})
+            count = ranges.setdefault(cut or whole, np.zeros(expression.rows, dtype=np.int64))
             np.add.at(count, index, 1)
+        case Columns(operand=operand, start=start):
+            low, high = cut or (0, expression.shape[1])
+            _usage(operand, index, counts, (start + low, start + high))
+        case Beside(parts=parts):
+            low, high = cut or (0, expression.shape[1])
+            base = 0
+            for part in parts:
+                left, right = max(low - base, 0), min(high - base, part.shape[1])
+                if left < right:
+                    _usage(part, index, counts, (left, right))
+                base += part.shape[1]
         case Fill():
             return
         case Rows(operand=operand, start=start):
-            _usage(operand, index + start, counts)
+            _usage(operand, index + start, counts, cut)
         case Gather(operand=operand, axis=0, pattern=pattern, period=period):
             entry = np.asarray(pattern, dtype=np.int64)[index % len(pattern)]
             source = index // len(pattern) * period + entry
-            _usage(operand, source[entry >= 0], counts)
+            _usage(operand, source[entry >= 0], counts, cut)
         case Gather(operand=operand, pattern=pattern, period=period):
             # Columns: rows are only all there if no column is left behind.
             if set(range(period)) <= set(pattern):
@@ -59,7 +76,7 @@ def _usage(expression: Expression, index: _Rows, counts: dict[str, _Rows]) -> No
             base = 0
             for part in parts:
                 inside = (index >= base) & (index < base + part.rows)
-                _usage(part, index[inside] - base, counts)
+                _usage(part, index[inside] - base, counts, cut)
                 base += part.rows
         case Interleave(parts=parts, chunks=chunks):
             total = sum(chunks)
@@ -67,25 +84,39 @@ def _usage(expression: Expression, index: _Rows, counts: dict[str, _Rows]) -> No
             base = 0
             for part, chunk in zip(parts, chunks, strict=True):
                 inside = (place >= base) & (place < base + chunk)
-                _usage(part, turn[inside] * chunk + place[inside] - base, counts)
+                _usage(part, turn[inside] * chunk + place[inside] - base, counts, cut)
                 base += chunk
         case _:
             for operand in expression.operands:
-                _usage(operand, index, counts)
+                _usage(operand, index, counts, cut)
 
 
-def account(plan: Plan, source: Mapping[str, StoredTensor], dropped: Mapping[str, str]) -> Ledger:
+def _covered(ranges: Mapping[tuple[int, int], _Rows], width: int) -> tuple[_Rows, _Rows]:
+    """For each row, how often its least used and its most used column is used."""
+    edges = sorted({edge for pair in ranges for edge in pair} | {0, width})
+    used = []
+    for left, right in zip(edges, edges[1:], strict=False):
+        inside = [rows for (low, high), rows in ranges.items() if low <= left and right <= high]
+        used.append(np.sum(inside, axis=0) if inside else np.zeros_like(next(iter(ranges.values()))))
+    return np.minimum.reduce(used), np.maximum.reduce(used)
+
+
+def account(
+    plan: Plan, source: Mapping[str, StoredTensor], dropped: Mapping[str, str], used: Mapping[str, int] | None = None
+) -> Ledger:
     """Account for a plan against the source's tensors.
 
     Args:
         plan: the plan.
         source: every tensor of the source.
         dropped: those left out by a named rule.
+        used: tensors of which only so many first rows are meant to be used (the rest is padding).
 
     Raises:
         ProofFailed: a row of the source goes nowhere, or an output byte is written never or twice.
     """
-    counts: dict[str, _Rows] = {}
+    used = used or {}
+    counts: _Counts = {}
     whole: dict[str, int] = defaultdict(int)
     filled = 0
     for output in plan.tensors:
@@ -97,10 +128,10 @@ def account(plan: Plan, source: Mapping[str, StoredTensor], dropped: Mapping[str
     repeated: dict[str, int] = {}
     for name, tensor in source.items():
         least, most = whole[name], whole[name]
-        if name in counts and tensor.shape:
-            least, most = least + int(counts[name].min(initial=0)), most + int(counts[name].max(initial=0))
-            if counts[name].size:
-                least = whole[name] + int(counts[name].min())
+        if name in counts and tensor.shape and 0 not in tensor.shape:
+            fewest, often = _covered(counts[name], tensor.shape[1] if len(tensor.shape) > 1 else 1)
+            kept = fewest[: used[name]] if name in used else fewest
+            least, most = least + int(kept.min(initial=most + 1)), most + int(often.max())
         if tensor.shape and 0 in tensor.shape:
             continue
         if name in dropped:
@@ -122,11 +153,16 @@ def account(plan: Plan, source: Mapping[str, StoredTensor], dropped: Mapping[str
 
 
 def _account_files(plan: Plan) -> None:
-    position = {file.name: len(file.prefix) for file in plan.files}
-    for region in sorted(plan.regions(), key=lambda r: (r.tensor.file, r.offset)):
-        if region.offset != position[region.tensor.file]:
-            raise ProofFailed(f"byte {region.offset} of {region.tensor.file} is written never or twice ({region.key})")
-        position[region.tensor.file] += region.nbytes
+    """Check that regions and the formats' own bytes tile every file."""
+    written: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    for region in plan.regions():
+        written[region.tensor.file].append((region.offset, region.nbytes, region.key))
     for file in plan.files:
-        if position[file.name] != file.size:
-            raise ProofFailed(f"{file.name} is {file.size} bytes, {position[file.name]} are written")
+        written[file.name] += [(offset, len(data), "the format's own bytes") for offset, data in file.pieces]
+        position = 0
+        for offset, count, key in sorted(written[file.name]):
+            if offset != position:
+                raise ProofFailed(f"byte {min(offset, position)} of {file.name} is written never or twice ({key})")
+            position += count
+        if position != file.size:
+            raise ProofFailed(f"{file.name} is {file.size} bytes, {position} are written")
