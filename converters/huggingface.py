@@ -4,67 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from llmconvert.checkpoint.directory import open_checkpoint
 from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.converters.planning import Conversion, elsewhere, plan_conversion
 from llmconvert.converters.proofs import (
-    LOGITS,
-    NONE,
     Proving,
     check_provable,
-    prove_logits,
-    require_logits,
-    write_record,
+    prove_written,
 )
 from llmconvert.converters.returning import return_pairs
-from llmconvert.engine import manifest
-from llmconvert.engine.execute import Executor, check_space
-from llmconvert.engine.journal import Workspace
-from llmconvert.engine.plan import Plan
-from llmconvert.engine.publish import check_destination, publish
-from llmconvert.errors import BadInput, InputOutput, ProofFailed, Refused, Usage
+from llmconvert.converters.running import Progress, Report, run
+from llmconvert.engine.publish import check_destination
+from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.spec.language import Spec
 from llmconvert.spec.registry import Registry
-from llmconvert.verify.roundtrip import RoundTrip, compare, failing
-
-Progress = Callable[[str, int, int], None]
-"""Called with a stage's name, its bytes done so far and its bytes in all."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did; `to_dict` is the machine-readable form."""
-
-    source: str
-    destination: str
-    source_architecture: str
-    target_architecture: str
-    tensors_read: int
-    tensors_written: int
-    bytes_written: int
-    steps: list[dict[str, str]]
-    dropped: dict[str, str]
-    notes: tuple[str, ...]
-    not_carried: dict[str, str]
-    dtype: dict[str, int]
-    ledger: dict[str, Any]
-    disk_needed: int = 0
-    published: bool = False
-    roundtrip: dict[str, Any] | None = None
-    logits: dict[str, Any] | None = None
-    failure: str | None = None
-    config: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary."""
-        return asdict(self)
+from llmconvert.verify.roundtrip import failing
 
 
 def _report(conversion: Conversion, destination: str) -> Report:
@@ -155,8 +114,12 @@ def convert(
         return report
     check_destination(conversion.checkpoint.path, target_dir, overwrite=overwrite)
     check_provable(conversion, proving)
-    return _run(conversion, target_dir, report, proving, workers or min(os.cpu_count() or 1, 8), overwrite, resume, sync,
-                progress)  # fmt: skip
+    return run(
+        conversion.plan, conversion.checkpoint.path, target_dir, report, proving, workers, overwrite, resume, sync,
+        progress,
+        pairs=lambda written: return_pairs(conversion, open_checkpoint(written)),
+        prove=lambda written, shown: prove_written(conversion.checkpoint.path, written, conversion.plan, proving, shown),
+    )  # fmt: skip
 
 
 def _check_data(conversion: Conversion) -> None:
@@ -170,67 +133,3 @@ def _check_data(conversion: Conversion) -> None:
     if faults:
         shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more tensors" if len(faults) > 3 else "")
         raise Refused(shown, where=where, hint=elsewhere(conversion.checkpoint))
-
-
-def _run(
-    conversion: Conversion, destination: Path, report: Report, proving: Proving, workers: int, overwrite: bool,
-    resume: bool, sync: bool, progress: Progress,
-) -> Report:  # fmt: skip
-    plan = conversion.plan
-    space = Workspace(destination, plan.identity, resume=resume, restart=overwrite)
-    try:
-        written = sum(path.stat().st_blocks * 512 for path in space.path.iterdir())
-        try:
-            check_space(plan, space.path, written)
-        except InputOutput:
-            if not space.done:
-                space.discard()
-            raise
-        total = sum(output.expression.nbytes for output in plan.tensors)
-        checksums = Executor(plan, space, workers, _stage(progress, "write", total)).run()
-        found: RoundTrip | None = None
-        if proving.verify != NONE:
-            pairs = return_pairs(conversion, open_checkpoint(space.path))
-            amount = sum(pair.source.nbytes for pair in pairs)
-            try:
-                found = compare(pairs, workers, _stage(progress, "verify", amount))
-            except ProofFailed as error:
-                write_record(space.path, replace(report, failure=error.what).to_dict())
-                raise
-            _check_written(checksums, plan)
-        (space.path / manifest.MANIFEST).write_bytes(
-            manifest.build(plan, checksums, found.source_digests if found else {})
-        )
-        trip = None if found is None else {k: v for k, v in asdict(found).items() if k != "source_digests"}
-        report = replace(report, roundtrip=trip)
-        if proving.verify == LOGITS:
-            shown = lambda done, layers: progress("logits", done * total // layers, total)  # noqa: E731
-            logits = prove_logits(conversion, space.path, proving, shown)
-            report = replace(report, logits=logits, failure=None if logits["verdict"] else logits["reason"])
-            write_record(space.path, report.to_dict())
-            require_logits(logits, conversion.checkpoint.path, space.path)
-        report = replace(report, published=True)
-        write_record(space.path, report.to_dict())
-        space.finish()
-        publish(space.path, destination, sync=sync)
-    finally:
-        space.close()
-    return report
-
-
-def _stage(progress: Progress, name: str, total: int) -> Callable[[int], None]:
-    lock, done = threading.Lock(), 0
-
-    def add(count: int) -> None:
-        nonlocal done
-        with lock:
-            done += count
-            now = done
-        progress(name, now, total)
-
-    return add
-
-
-def _check_written(checksums: Mapping[str, str], plan: Plan) -> None:
-    missing = [region.key for region in plan.regions() if region.key not in checksums]
-    assert not missing, missing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +47,18 @@ def check_provable(conversion: Conversion, proving: Proving) -> None:
         Refused: torch or transformers is missing, or no code here runs the source or the target.
         Usage: there is no such device.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(conversion.plan.texts["config.json"])
+        refuse_unprovable(proving, [("source", conversion.checkpoint.path), ("result", Path(folder))])
+
+
+def refuse_unprovable(proving: Proving, models: Sequence[tuple[str, Path]]) -> None:
+    """Refuse where logits are to be compared and one of the models, named as in messages, cannot be run.
+
+    Raises:
+        Refused: torch or transformers is missing, or no code here runs a model.
+        Usage: there is no such device.
+    """
     if proving.verify != LOGITS:
         return
     without = "or add `--verify weights`, which compares weights and runs no model"
@@ -61,17 +73,15 @@ def check_provable(conversion: Conversion, proving: Proving) -> None:
 
     for name in proving.device.split(","):
         resolve_device(name.strip())
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_bytes(conversion.plan.texts["config.json"])
-        for name, directory in (("source", conversion.checkpoint.path), ("result", Path(folder))):
-            try:
-                check_runnable(directory)
-            except LlmconvertError as error:
-                raise Refused(
-                    f"the {name} cannot be run to compare logits: {error.what}",
-                    where=str(conversion.checkpoint.path),
-                    hint=without.removeprefix("or "),
-                ) from None
+    for name, directory in models:
+        try:
+            check_runnable(directory)
+        except LlmconvertError as error:
+            raise Refused(
+                f"the {name} cannot be run to compare logits: {error.what}",
+                where=str(models[0][1]),
+                hint=without.removeprefix("or "),
+            ) from None
 
 
 def rounded_tensors(plan: Plan) -> dict[str, str]:
@@ -94,8 +104,8 @@ def rounded_tensors(plan: Plan) -> dict[str, str]:
     }
 
 
-def prove_logits(
-    conversion: Conversion, output: Path, proving: Proving, progress: Callable[[int, int], None]
+def prove_written(
+    source: Path, written: Path, plan: Plan, proving: Proving, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Compare the source's logits with the written result's.
 
@@ -105,9 +115,8 @@ def prove_logits(
     from llmconvert.verify.logits import compare_logits
 
     found = compare_logits(
-        conversion.checkpoint.path, output, device=proving.device, load=proving.load,
-        rounded=rounded_tensors(conversion.plan), progress=progress,
-    )  # fmt: skip
+        source, written, device=proving.device, load=proving.load, rounded=rounded_tensors(plan), progress=progress
+    )
     return found.to_dict()
 
 

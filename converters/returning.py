@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from llmconvert.canonical.model import CanonicalModel
+from llmconvert.canonical.model import CanonicalConfig, CanonicalModel
+from llmconvert.canonical.step import Step
 from llmconvert.checkpoint.directory import Checkpoint
 from llmconvert.checkpoint.dtypes import ITEMSIZE
 from llmconvert.converters.planning import Conversion
 from llmconvert.spec.dialect import lift, read_config
 from llmconvert.spec.expand import bind
+from llmconvert.spec.language import Spec
 from llmconvert.tensors.expressions import Expression, Scale, Shift, cast, stored, walk
 from llmconvert.verify.roundtrip import BITWISE, ONE_WAY, ROUNDED, Pair
 
@@ -19,36 +21,71 @@ def return_pairs(conversion: Conversion, output: Checkpoint) -> list[Pair]:
         conversion: the planned conversion.
         output: what was written, opened.
     """
-    back = lift(conversion.target, output, read_config(conversion.target, output.config, output.tensors)).model
-    lossy: set[str] = set()
-    for step, before in reversed(conversion.steps):
+    written = lift(conversion.target, output, read_config(conversion.target, output.config, output.tensors)).model
+    back, lossy = unlowered(written, conversion.lifted.model, conversion.steps)
+    pairs = canonical_pairs(
+        conversion.source_spec, conversion.checkpoint, conversion.lifted.model, conversion.model, back, lossy
+    )
+    planned = {tensor.name: tensor.expression for tensor in conversion.plan.tensors}
+    for binding in bind(conversion.target, conversion.model.config):
+        if set(binding.parts) & lossy:
+            name = binding.stored
+            pairs.append(Pair(name, planned[name], stored(output.tensors[name]), ONE_WAY))
+    return pairs
+
+
+def unlowered(
+    written: CanonicalModel, lifted: CanonicalModel, steps: list[tuple[Step, CanonicalConfig]]
+) -> tuple[CanonicalModel, set[str]]:
+    """A written model with its rewrites undone, last first.
+
+    Args:
+        written: as read back.
+        lifted: what was rewritten.
+        steps: the rewrites, each with the config before it.
+
+    Returns:
+        The model, and the names of tensors that cannot come back (they are the lifted ones).
+    """
+    back, lossy = written, set[str]()
+    for step, before in reversed(steps):
         if step.undo is None:
-            back = CanonicalModel(before, {**conversion.lifted.model.tensors, **_known(back, step.lossy)})
-            lossy |= {name for name in conversion.lifted.model.tensors if name.rpartition(".")[0] in step.lossy}
+            back = CanonicalModel(before, {**lifted.tensors, **_known(back, step.lossy)})
+            lossy |= {name for name in lifted.tensors if name.rpartition(".")[0] in step.lossy}
         else:
             back = step.undo(back, before)
-    floors: dict[str, float] = {}
-    for name, expression in conversion.model.tensors.items():
-        for node in walk(expression):
-            if isinstance(node, Scale | Shift):
-                floors[name] = max(floors.get(name, 0.0), abs(node.offset) if isinstance(node, Shift) else 0.0)
-    return _pair(conversion, back, output, lossy, floors)
+    return back, lossy
 
 
 def _known(model: CanonicalModel, lossy: tuple[str, ...]) -> dict[str, Expression]:
     return {name: e for name, e in model.tensors.items() if name.rpartition(".")[0] not in lossy}
 
 
-def _pair(
-    conversion: Conversion, back: CanonicalModel, output: Checkpoint, lossy: set[str], floors: dict[str, float]
-) -> list[Pair]:
-    config = conversion.lifted.model.config
+def canonical_pairs(
+    spec: Spec, checkpoint: Checkpoint, lifted: CanonicalModel, lowered: CanonicalModel, back: CanonicalModel,
+    lossy: set[str],
+) -> list[Pair]:  # fmt: skip
+    """Pairs of each source tensor and the same out of a canonical model.
+
+    Args:
+        spec: the source's dialect.
+        checkpoint: the source.
+        lifted: the source's canonical model.
+        lowered: what was written; says where rounding is promised.
+        back: what came back.
+        lossy: canonical names that cannot come back.
+    """
+    floors: dict[str, float] = {}
+    for name, expression in lowered.tensors.items():
+        for node in walk(expression):
+            if isinstance(node, Scale | Shift):
+                floors[name] = max(floors.get(name, 0.0), abs(node.offset) if isinstance(node, Shift) else 0.0)
     pairs = []
-    for binding in bind(conversion.source_spec, config):
+    for binding in bind(spec, lifted.config):
         if set(binding.parts) & lossy:
             continue
-        source = stored(conversion.checkpoint.tensors[binding.stored])
-        returned = binding.put_together(back.tensors, config)
+        source = stored(checkpoint.tensors[binding.stored])
+        returned = binding.put_together(back.tensors, lifted.config)
         rounded = [floors[name] for name in binding.parts if name in floors]
         promise = ROUNDED if rounded else BITWISE
         if returned.dtype != source.dtype:
@@ -57,9 +94,4 @@ def _pair(
             else:
                 source = cast(source, returned.dtype)
         pairs.append(Pair(binding.stored, source, returned, promise, max(rounded, default=0.0)))
-    planned = {tensor.name: tensor.expression for tensor in conversion.plan.tensors}
-    for binding in bind(conversion.target, conversion.model.config):
-        if set(binding.parts) & lossy:
-            name = binding.stored
-            pairs.append(Pair(name, planned[name], stored(output.tensors[name]), ONE_WAY))
     return pairs

@@ -48,8 +48,7 @@ class _Stages:
 
     def tensors(self, *calls: str) -> list[str]:
         """Stored tensors behind calls."""
-        layer = self.model.layers[self.index]
-        return [name for call in calls for name in self.model.tensors_of(layer.get_submodule(call))]
+        return [name for call in calls for name in self.model.part_tensors(self.index, call)]
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
@@ -100,7 +99,7 @@ def explain_layer(
         probes: the probes; the last one has all its tokens at position 0.
         same: relative difference of stages taken for equal; more than `SAME` where weights were rounded.
     """
-    everything = left.tensors_of(left.layers[index]), right.tensors_of(right.layers[index])
+    everything = left.part_tensors(index, ""), right.part_tensors(index, "")
     halves = left.halves(index), right.halves(index)
     if part == "layer" or halves[0] is None or halves[1] is None:
         return "somewhere in the layer", *everything
@@ -155,10 +154,10 @@ def _some(stages: _Stages, *letters: str) -> list[str]:
 def _norms(model: LayerwiseModel, index: int, part: str) -> list[str]:
     """The norms of a layer: the one before the MLP half, or the others."""
     layer, halves = model.layers[index], model.halves(index)
-    assert halves is not None
+    assert halves is not None  # or the stages would not be known
     children = [name for name, child in layer.named_children() if all(p.ndim < 2 for p in child.parameters())]
     chosen = [name for name in children if (name == halves.middle) == (part == "mlp")]
-    return [name for child in chosen or children for name in model.tensors_of(layer.get_submodule(child))]
+    return [name for child in chosen or children for name in model.part_tensors(index, child)]
 
 
 def explain_head(a: Sequence[Tensor], b: Sequence[Tensor], probes: Sequence[Probe]) -> str:

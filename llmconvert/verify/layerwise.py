@@ -93,7 +93,7 @@ class LayerwiseModel:
         device: where.
         whole: load the model whole, by transformers, instead of reading blocks as they are needed.
         attention: transformers' attention implementation.
-        rounded: tensors to disturb by a rounding to the dtype named; see `_disturb`.
+        rounded: tensors to disturb by a rounding to the dtype named; see `disturb`.
 
     Raises:
         BadInput: the tensors do not fit the model.
@@ -164,6 +164,11 @@ class LayerwiseModel:
         names = [name for name, _ in module.named_parameters(prefix, remove_duplicate=False)]
         return list(dict.fromkeys(self._stored(name) for name in names))
 
+    def part_tensors(self, index: int, part: str) -> list[str]:
+        """The stored tensors behind a part of a layer, named within it; "" is all of it."""
+        layer = self.layers[index]
+        return self.tensors_of(layer.get_submodule(part) if part else layer)
+
     def _stored(self, name: str) -> str:
         return next((n for n in self._alias.get(name, (name,)) if n in self._weights.shapes), name)
 
@@ -199,7 +204,7 @@ class LayerwiseModel:
             squares = (float(piece.double().square().sum()) for piece in pieces)
             self.norms[name] = math.sqrt(sum(squares))
         if name in self._rounded:
-            tensor = _disturb(tensor, self._rounded[name], sum(name.encode()))
+            tensor = disturb(tensor, self._rounded[name], sum(name.encode()))
         return nn.Parameter(tensor, requires_grad=False)
 
     def block(self, index: int) -> AbstractContextManager[None]:
@@ -362,7 +367,7 @@ class LayerwiseModel:
         return [logits for _, logits in self.end(streams)]
 
 
-def _disturb(tensor: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+def disturb(tensor: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     """Move each number by up to half a unit in the last place of `dtype`, and all of them together by as much again.
 
     Rounding does the first; a constant that was itself rounded before it was multiplied in does the second.

@@ -19,16 +19,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmconvert.checkpoint.megatron import is_megatron
 from llmconvert.errors import Usage
 from llmconvert.verify.layerwise import LayerwiseModel
-from llmconvert.verify.models import FileWeights, read_config
+from llmconvert.verify.models import config_of, stored_shapes
 from llmconvert.verify.probes import Probe, limits, make_probes, padded, token_texts
+from llmconvert.verify.sharded import ShardedModel
 from llmconvert.verify.sweep import Departure, LayerDifference, Sweep, sweep
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GREEDY_TOKENS, _GREEDY_PROMPT = 16, 5
 _CHUNK = 64
 _WORST = 8
+
+Runnable = LayerwiseModel | ShardedModel
+"""What can be run layer by layer: a Hugging Face checkpoint, or Megatron shards."""
 
 _SLACK = 2.0**8
 """How far beyond float64's share of the measured rounding two equal functions may be.
@@ -39,7 +44,7 @@ matrix moved by one float32 unit in the last place, at 2^13 times and more. Figu
 _ROUNDING_SLACK = 4.0
 """How far beyond one random rounding's effect another may be, at the logits and at every half of every layer.
 
-Both are largest differences over the same tokens, and the random one moves more than rounding does; see `_disturb`."""
+Both are largest differences over the same tokens, and the random one moves more than rounding does; see `disturb`."""
 
 BIT_EQUAL, REORDERED, ROUNDED, DIFFERENT, NOT_FINITE = (
     "bit-equal", "equal to rounding", "weights rounded", "different", "not finite",
@@ -149,7 +154,7 @@ def _whole(load: str, paths: tuple[Path, Path], devices: tuple[str, str]) -> boo
         raise Usage(f"`{load}` is not a way to load", hint="choose auto, whole or layers")
     if load != "auto":
         return load == "whole"
-    need = [8 * sum(math.prod(shape) for shape in FileWeights(path).shapes.values()) for path in paths]
+    need = [8 * sum(math.prod(shape) for shape in stored_shapes(path).values()) for path in paths]
     if devices[0] == devices[1]:
         return sum(need) * 1.5 < _free(devices[0])
     return all(n * 1.5 < _free(device) for n, device in zip(need, devices, strict=True))
@@ -203,7 +208,7 @@ def compare_logits(
     first, second = (resolve_device(name) for name in _pair(device, "device"))
     devices, attentions = (first, second), _pair(attention, "attention implementation")
     left, right = Path(left), Path(right)
-    (vocab, longest), (other, other_longest) = limits(read_config(left)), limits(read_config(right))
+    (vocab, longest), (other, other_longest) = limits(config_of(left)), limits(config_of(right))
     if vocab != other:
         raise Usage(f"the vocabularies differ: {vocab} and {other} tokens", where=f"{left}, {right}")
     whole = _whole(load, (left, right), devices)
@@ -258,6 +263,7 @@ class Runs:
     ) -> None:  # fmt: skip
         self.paths, self.devices, self.attentions, self.whole = paths, devices, attentions, whole
         self.probes, self.progress = probes, progress
+        self.vocab_size = min((limits(config_of(path))[0] for path in paths), default=0)
 
     @classmethod
     def of(cls, paths: tuple[Path, Path], device: str, load: str, probes: list[Probe]) -> Runs:
@@ -266,7 +272,10 @@ class Runs:
         whole = _whole(load, paths, devices)
         return cls(paths, devices, ("eager", "eager"), whole, probes, lambda done, total: None)
 
-    def _model(self, side: int, dtype: torch.dtype, rounded: Mapping[str, torch.dtype] | None = None) -> LayerwiseModel:
+    def _model(self, side: int, dtype: torch.dtype, rounded: Mapping[str, torch.dtype] | None = None) -> Runnable:
+        if is_megatron(self.paths[side]):
+            size = self.vocab_size or 0
+            return ShardedModel(self.paths[side], dtype, self.devices[side], vocab_size=size, rounded=rounded)
         return LayerwiseModel(
             self.paths[side], dtype, self.devices[side], whole=self.whole, attention=self.attentions[side],
             rounded=rounded,
@@ -302,7 +311,7 @@ class Runs:
         return logits
 
 
-def _greedy(models: tuple[LayerwiseModel, LayerwiseModel], probes: Sequence[Probe], count: int) -> float:
+def _greedy(models: tuple[Runnable, Runnable], probes: Sequence[Probe], count: int) -> float:
     """Share of `count` greedy tokens that agree: once one differs the rest continue different texts."""
     probe = probes[0]
     row = probe.input_ids[-1][probe.kept[-1]].tolist()[:_GREEDY_PROMPT]
@@ -410,9 +419,7 @@ def _judge(
         return replace(report, kind=REORDERED if report.max_abs else BIT_EQUAL, reason=reason)
     departures = [d for d in wide.departures if d.difference > tolerance]
     if rounded:
-        by_name = (
-            dict.fromkeys(FileWeights(runs.paths[1]).shapes, rounded) if isinstance(rounded, str) else dict(rounded)
-        )
+        by_name = dict.fromkeys(stored_shapes(runs.paths[1]), rounded) if isinstance(rounded, str) else dict(rounded)
         moved = runs.disturb({name: _DTYPES[dtype] for name, dtype in by_name.items()})
         allowed = _ROUNDING_SLACK * _largest(probes, moved.first, moved.second) / scale
         by_place = {d.place: _ROUNDING_SLACK * d.difference for d in moved.departures}

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llmconvert.checkpoint.megatron import is_megatron, open_megatron
 from llmconvert.errors import BadInput, LlmconvertError, Refused
 from llmconvert.verify.reference import find_reference
 
@@ -95,6 +96,30 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def config_of(directory: Path) -> dict[str, Any]:
+    """config.json, or what a Megatron checkpoint's arguments say in its words.
+
+    Raises:
+        LlmconvertError: it cannot be read.
+    """
+    if is_megatron(directory):
+        from llmconvert.verify.sharded import describe
+
+        return describe(directory)
+    return read_config(directory)
+
+
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every stored tensor, by name; a Megatron shard's name is its rank, chunk and name.
+
+    Raises:
+        LlmconvertError: it cannot be opened.
+    """
+    if is_megatron(directory):
+        return {name: tensor.shape for name, tensor in open_megatron(directory, trust_pickle=True).stored.items()}
+    return FileWeights(directory).shapes
+
+
 def _options(dtype: torch.dtype, attention: str) -> dict[str, Any]:
     import transformers
 
@@ -114,7 +139,12 @@ def check_runnable(directory: Path) -> None:
         BadInput: config.json cannot be read.
         Refused: neither a reference model nor transformers knows it.
     """
-    empty_model(directory, torch.float32)
+    if is_megatron(directory):
+        from llmconvert.verify.sharded import ShardedModel
+
+        ShardedModel(directory, torch.float32, "cpu", vocab_size=1)
+    else:
+        empty_model(directory, torch.float32)
 
 
 def empty_model(directory: Path, dtype: torch.dtype, attention: str = "eager") -> nn.Module:

@@ -183,7 +183,7 @@ class _Lockstep:
                 same = max(SAME, difference / 4) if self.rounded else SAME
                 why, first, second = explain_layer(part, index, left, right, mine, alone, probes, same)
                 self._depart(index, part, difference, why, first, second)
-        self._note_norms(f"layer {index}", left.tensors_of(left.layers[index]), right.tensors_of(right.layers[index]))
+        self._note_norms(f"layer {index}", left.part_tensors(index, ""), right.part_tensors(index, ""))
         self.found.layers.append(LayerDifference(index, _farthest(probes, out, others), attention, mlp))
         return out, others
 

@@ -218,11 +218,17 @@ class MegatronLayer(nn.Module):
 
     def forward(self, hidden: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden states after the layer, for those before it: [batch, tokens, hidden_size]."""
-        size, eps = self.sizes.hidden, self.sizes.eps
-        norm = self._copy(size, "input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
-        hidden = hidden + self._attention(rms_norm(hidden, norm, eps), position_ids, attention_mask)
-        norm = self._copy(size, "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
-        return hidden + self._mlp(rms_norm(hidden, norm, eps))
+        return self.second_half(self.first_half(hidden, position_ids, attention_mask))
+
+    def first_half(self, hidden: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The residual stream after attention: [batch, tokens, hidden_size]."""
+        norm = self._copy(self.sizes.hidden, "input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
+        return hidden + self._attention(rms_norm(hidden, norm, self.sizes.eps), position_ids, attention_mask)
+
+    def second_half(self, hidden: Tensor) -> Tensor:
+        """The residual stream after the MLP: [batch, tokens, hidden_size]."""
+        norm = self._copy(self.sizes.hidden, "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+        return hidden + self._mlp(rms_norm(hidden, norm, self.sizes.eps))
 
     def _query_key_value(self, x: Tensor) -> list[Tensor]:
         """Each rank's fused activations, [batch, tokens, groups it uses, heads a group + 2, head_dim].
@@ -347,13 +353,17 @@ class MegatronForCausalLM(nn.Module):
         input_ids = input_ids.to(device)
         attention_mask = None if attention_mask is None else attention_mask.to(device)
         place = positions(input_ids, attention_mask, None if position_ids is None else position_ids.to(device))
-        hidden = self._embed(input_ids)
+        hidden = self.embed(input_ids)
         for layer in self.layers:
             hidden = layer(hidden, place, attention_mask)
-        norm = self.shards.copy(self.chunks[-1], (self.sizes.hidden,), "decoder.final_layernorm.weight")
-        return self._logits(rms_norm(hidden, norm, self.sizes.eps))
+        return self.logits(self.final_norm(hidden))
 
-    def _embed(self, input_ids: Tensor) -> Tensor:
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What the head is given: [batch, tokens, hidden_size]."""
+        norm = self.shards.copy(self.chunks[-1], (self.sizes.hidden,), "decoder.final_layernorm.weight")
+        return rms_norm(hidden, norm, self.sizes.eps)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
         """The sum over ranks of look-ups in their rows, zero for the ids of others."""
         rows = self.sizes.vocab // self.sizes.tp
         shape = (rows, self.sizes.hidden)
@@ -366,7 +376,7 @@ class MegatronForCausalLM(nn.Module):
             total = total + looked_up.masked_fill(others[..., None], 0.0)
         return total
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Each rank's rows of the vocabulary, gathered."""
         # With tied embeddings a pipeline's last chunk has a copy of its own; only a lone chunk has none.
         name = "output_layer.weight"

@@ -1,0 +1,289 @@
+"""Hugging Face to Megatron: lift, lower to what megatron-core holds, cut over the ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import llmconvert
+from llmconvert.canonical.lowerings import lower
+from llmconvert.canonical.model import CanonicalConfig, CanonicalModel
+from llmconvert.canonical.step import Step
+from llmconvert.checkpoint.directory import Checkpoint, open_checkpoint
+from llmconvert.checkpoint.dtypes import FROM_NAME, TO_NAME
+from llmconvert.checkpoint.megatron import LATEST, RANK_FILE, Place, open_megatron
+from llmconvert.checkpoint.torch_zip import Slot, lay_out_torch
+from llmconvert.converters.companions import companions
+from llmconvert.converters.megatron import arguments
+from llmconvert.converters.megatron.grid import Grid, chunks, padded_vocabulary
+from llmconvert.converters.megatron.shards import EXTRA_STATES, NORMS, Cut, Shards, check_cut, join, split
+from llmconvert.converters.planning import elsewhere
+from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
+from llmconvert.converters.returning import canonical_pairs, unlowered
+from llmconvert.converters.running import Progress, Report, run
+from llmconvert.engine.plan import OutputTensor, Plan, WeightFile
+from llmconvert.engine.publish import check_destination
+from llmconvert.errors import BadInput, Refused, Usage
+from llmconvert.spec.dialect import Lifted, lift, read_config, refuse_quantised
+from llmconvert.spec.language import Spec
+from llmconvert.spec.registry import registry
+from llmconvert.tensors.expressions import Expression, cast, stored
+from llmconvert.verify.ledger import Ledger, account
+from llmconvert.verify.roundtrip import ONE_WAY, Pair, failing
+
+HF_FOLDER = "hf"
+"""Where tokenizer files and the original config.json lie in a Megatron checkpoint, for the way back."""
+
+ARGS_SCRIPT = "megatron-args.sh"
+
+
+@dataclass(frozen=True)
+class SplitConversion:
+    """A planned split.
+
+    Attributes:
+        checkpoint, spec, lifted: what is read.
+        model: lowered to what megatron-core holds; `steps` the rewrites, each with the config before.
+        cut: how it is cut.
+        args: the arguments written.
+        plan: what will be written.
+        ledger: the account of the plan.
+        notes: what a user should know.
+    """
+
+    checkpoint: Checkpoint
+    spec: Spec
+    lifted: Lifted
+    model: CanonicalModel
+    steps: list[tuple[Step, CanonicalConfig]]
+    cut: Cut
+    args: dict[str, Any]
+    plan: Plan
+    ledger: Ledger
+    notes: tuple[str, ...]
+
+
+def rank_folder(place: Place, pp: int) -> str:
+    """A rank's folder."""
+    return f"mp_rank_{place.tp_rank:02d}" + (f"_{place.pp_rank:03d}" if pp > 1 else "")
+
+
+def lower_to_megatron(
+    lifted: CanonicalModel, checkpoint: Checkpoint
+) -> tuple[CanonicalModel, list[tuple[Step, CanonicalConfig]]]:
+    """Rewrite a model until megatron-core can hold it.
+
+    Raises:
+        Refused: it has a trait megatron-core's dense GPT model does not.
+    """
+    try:
+        model, steps = lower(lifted, "megatron", arguments.HOLDS, frozenset(), arguments.coupled(lifted.config))
+        arguments.check_holds(model.config)
+    except Refused as error:
+        raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
+    return model, steps
+
+
+def plan_split(
+    source: str | os.PathLike[str],
+    grid: Grid,
+    *,
+    transformer_impl: str = "transformer_engine",
+    divisible_by: int = 128,
+    dtype: str | None = None,
+    spec_file: Path | None = None,
+) -> SplitConversion:
+    """Plan a split from headers alone.
+
+    Args:
+        source: a Hugging Face checkpoint directory or a hub id.
+        grid: how to cut.
+        transformer_impl: transformer_engine or local: how norms are named.
+        divisible_by: make_vocab_size_divisible_by.
+        dtype: float32, bfloat16 or float16; None keeps each tensor's own.
+        spec_file: a spec from outside the package.
+
+    Raises:
+        LlmconvertError: of the kind that fits; nothing has been written.
+    """
+    if transformer_impl not in NORMS:
+        raise Usage(f"`{transformer_impl}` is not a transformer implementation", hint=f"choose {' or '.join(NORMS)}")
+    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
+        raise Usage(f"`{dtype}` is not a dtype to write", hint="choose float32, bfloat16 or float16")
+    if divisible_by < 1:
+        raise Usage("`--make-vocab-size-divisible-by` must be at least 1")
+    known = registry(spec_file)
+    checkpoint = open_checkpoint(source)
+    refuse_quantised(checkpoint)
+    spec = known.detect(checkpoint.config)
+    config = read_config(spec, checkpoint.config, checkpoint.tensors)
+    lifted = lift(spec, checkpoint, config)
+    model, steps = lower_to_megatron(lifted.model, checkpoint)
+    if dtype:
+        model = replace(model, tensors={name: cast(e, FROM_NAME[dtype]) for name, e in model.tensors.items()})
+    check_cut(model.config, grid.tp)
+    padded = padded_vocabulary(model.config.vocab_size, grid.tp, divisible_by)
+    cut = Cut(chunks(model.config.num_hidden_layers, grid), grid.tp, padded, NORMS[transformer_impl])
+    shards = split(model.tensors, model.config, cut)
+    main = Counter(e.dtype for e in model.tensors.values()).most_common(1)[0][0]
+    args = arguments.to_arguments(model.config, grid, padded, divisible_by, TO_NAME[main])
+    args["transformer_impl"] = transformer_impl
+    outputs, files = _lay_out(shards, args, grid)
+    extra = companions(checkpoint)
+    texts = {f"{HF_FOLDER}/{name}": text for name, text in extra.texts.items()}
+    texts |= {
+        LATEST: b"release",
+        ARGS_SCRIPT: arguments.script(args, "DIR").encode(),
+        f"{HF_FOLDER}/config.json": (json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n").encode(),
+    }
+    summary = {
+        "source": {
+            "path": checkpoint.path.resolve().name, "spec": spec.name,
+            "spec_sha256": hashlib.sha256(known.files[spec.name].read_bytes()).hexdigest(),
+            "architectures": checkpoint.config.get("architectures"), "config": checkpoint.config,
+        },
+        "target": {"megatron": asdict(grid), "format": "torch", "transformer_impl": transformer_impl},
+        "dtype": dtype,
+        "steps": [{"name": step.name, "exactness": step.exactness, "why": step.why} for step, _ in steps],
+        "dropped": lifted.dropped,
+    }  # fmt: skip
+    copies = {f"{HF_FOLDER}/{name}": path for name, path in extra.copies.items()}
+    plan = Plan(
+        checkpoint.path, outputs, files, texts, copies, model.checks, _identity(checkpoint, files, summary), summary
+    )
+    ledger = account(plan, checkpoint.tensors, lifted.dropped)
+    notes = lifted.notes + extra.notes
+    if padded != model.config.vocab_size:
+        rows = f"{padded - model.config.vocab_size} rows of zeros"
+        notes += (f"the vocabulary of {model.config.vocab_size} is padded to {padded} with {rows}",)
+    return SplitConversion(checkpoint, spec, lifted, model, steps, cut, args, plan, ledger, notes)
+
+
+def _identity(checkpoint: Checkpoint, files: tuple[WeightFile, ...], summary: Mapping[str, Any]) -> str:
+    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in checkpoint.files]
+    layout = [(f.name, f.size, f.digest) for f in files]
+    value = [llmconvert.__version__, str(checkpoint.path.resolve()), stats, layout, summary]
+    return json.dumps(value, sort_keys=True, default=str) + "\n"
+
+
+def _lay_out(
+    shards: Shards, args: Mapping[str, Any], grid: Grid
+) -> tuple[tuple[OutputTensor, ...], tuple[WeightFile, ...]]:
+    """A rank file for every rank, as Megatron-LM saves it."""
+    from argparse import Namespace
+
+    outputs: list[OutputTensor] = []
+    files: list[WeightFile] = []
+    for p in range(grid.pp):
+        for t in range(grid.tp):
+            folder = rank_folder(Place(p, 0, t), grid.pp)
+            file = f"release/{folder}/{RANK_FILE}"
+            value: dict[str, Any] = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 1}
+            named: list[tuple[str, Expression]] = []
+            for v in range(grid.vpp):
+                shard = shards[Place(p, v, t)]
+                state: dict[str, Any] = {}
+                for name, expression in shard.items():
+                    state[name] = Slot(expression.dtype, expression.shape)
+                    named.append((f"{folder}/{v}/{name}", expression))
+                    module = name.rpartition(".")[0]
+                    if f"{module.partition('layers.')[2].partition('.')[2]}._extra_state" in EXTRA_STATES:
+                        state[f"{module}._extra_state"] = None
+                value["model" if grid.vpp == 1 else f"model{v}"] = state
+            laid = lay_out_torch(value)
+            outputs += [OutputTensor(n, file, at, e) for (n, e), at in zip(named, laid.offsets, strict=True)]
+            crcs = {n: places for (n, _), places in zip(named, laid.crc_places, strict=True)}
+            files.append(WeightFile(file, laid.size, laid.pieces, crcs))
+    return tuple(outputs), tuple(files)
+
+
+def _pairs(conversion: SplitConversion, written: Path) -> list[Pair]:
+    """Each source tensor, and the same put together from the ranks written."""
+    opened = open_megatron(written)
+    shards = {place: {n: stored(t) for n, t in named.items()} for place, named in opened.tensors.items()}
+    joined = join(shards, conversion.model.config, conversion.cut)
+    faults = failing(joined.checks)
+    if faults:
+        raise BadInput("; ".join(faults[:3]), where=str(written))
+    lifted, lowered = conversion.lifted.model, conversion.model
+    back, lossy = unlowered(CanonicalModel(lowered.config, joined.tensors), lifted, conversion.steps)
+    pairs = canonical_pairs(conversion.spec, conversion.checkpoint, lifted, lowered, back, lossy)
+    pairs += [Pair(n, lowered.tensors[n], joined.tensors[n], ONE_WAY) for n in sorted(lossy & lowered.tensors.keys())]
+    return pairs
+
+
+def split_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    grid: Grid,
+    *,
+    transformer_impl: str = "transformer_engine",
+    divisible_by: int = 128,
+    dtype: str | None = None,
+    spec_file: Path | None = None,
+    verify: str = "logits",
+    device: str = "auto",
+    load: str = "auto",
+    workers: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
+    sync: bool = True,
+    progress: Progress = lambda stage, done, total: None,
+) -> Report:
+    """Write a Hugging Face checkpoint as Megatron's `torch` format, cut over tensor and pipeline ranks; see `convert`.
+
+    Raises:
+        LlmconvertError: of the kind that fits; the source is untouched and `destination` is not made.
+    """
+    proving, target = Proving(verify, device, load), Path(destination)
+    if workers is not None and workers < 1:
+        raise Usage("`--workers` must be at least 1")
+    if Path(source).exists() and not dry_run:
+        check_destination(Path(source), target, overwrite=overwrite)
+    conversion = plan_split(
+        source, grid, transformer_impl=transformer_impl, divisible_by=divisible_by, dtype=dtype, spec_file=spec_file
+    )
+    faults = failing(conversion.plan.checks)
+    if faults:
+        raise BadInput("; ".join(faults[:3]), where=str(conversion.checkpoint.path))
+    report = _report(conversion, str(destination))
+    if dry_run:
+        return report
+    check_destination(conversion.checkpoint.path, target, overwrite=overwrite)
+    refuse_unprovable(proving, [("source", conversion.checkpoint.path)])
+    return run(
+        conversion.plan, conversion.checkpoint.path, target, report, proving, workers, overwrite, resume, sync, progress,
+        pairs=lambda written: _pairs(conversion, written),
+        prove=lambda written, shown: prove_written(conversion.checkpoint.path, written, conversion.plan, proving, shown),
+    )  # fmt: skip
+
+
+def _report(conversion: SplitConversion, destination: str) -> Report:
+    plan = conversion.plan
+    dtypes = Counter(TO_NAME[output.expression.dtype] for output in plan.tensors)
+    grid = plan.summary["target"]["megatron"]
+    shape = f"TP {grid['tp']}, PP {grid['pp']}" + (f", VPP {grid['vpp']}" if grid["vpp"] > 1 else "")
+    return Report(
+        source=str(conversion.checkpoint.path),
+        destination=destination,
+        source_architecture=conversion.spec.name,
+        target_architecture=f"Megatron ({shape}, torch, {plan.summary['target']['transformer_impl']} names)",
+        tensors_read=len(conversion.checkpoint.tensors),
+        tensors_written=len(plan.tensors),
+        bytes_written=plan.nbytes,
+        steps=plan.summary["steps"],
+        dropped=conversion.ledger.dropped,
+        notes=conversion.notes,
+        not_carried={},
+        dtype=dict(dtypes),
+        ledger=asdict(conversion.ledger),
+        disk_needed=plan.nbytes,
+        config=conversion.args,
+    )

@@ -1,0 +1,136 @@
+"""Run a plan and its proofs, and publish what holds."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llmconvert.converters.proofs import LOGITS, NONE, Proving, require_logits, write_record
+from llmconvert.engine import manifest
+from llmconvert.engine.execute import Executor, check_space
+from llmconvert.engine.journal import Workspace
+from llmconvert.engine.plan import Plan
+from llmconvert.engine.publish import publish
+from llmconvert.errors import InputOutput, ProofFailed
+from llmconvert.verify.roundtrip import Pair, RoundTrip, compare
+
+Progress = Callable[[str, int, int], None]
+"""Called with a stage's name, its bytes done so far and its bytes in all."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did; `to_dict` is the machine-readable form."""
+
+    source: str
+    destination: str
+    source_architecture: str
+    target_architecture: str
+    tensors_read: int
+    tensors_written: int
+    bytes_written: int
+    steps: list[dict[str, str]]
+    dropped: dict[str, str]
+    notes: tuple[str, ...]
+    not_carried: dict[str, str]
+    dtype: dict[str, int]
+    ledger: dict[str, Any]
+    disk_needed: int = 0
+    published: bool = False
+    roundtrip: dict[str, Any] | None = None
+    logits: dict[str, Any] | None = None
+    failure: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary."""
+        return asdict(self)
+
+
+def run(
+    plan: Plan, source: Path, destination: Path, report: Report, proving: Proving, workers: int | None, overwrite: bool,
+    resume: bool, sync: bool, progress: Progress, *, pairs: Callable[[Path], list[Pair]],
+    prove: Callable[[Path, Callable[[int, int], None]], dict[str, Any]],
+) -> Report:  # fmt: skip
+    """Write a plan beside its destination, prove it, and give it its name.
+
+    Args:
+        plan: what to write.
+        source: what it is made from, for messages.
+        destination: the directory to make.
+        report: what is known of the conversion so far.
+        proving: which proofs to run.
+        workers: threads; the number of processors, at most 8, if None.
+        overwrite: replace a destination that exists.
+        resume: go on with an unfinished run.
+        sync: have the disk confirm every byte.
+        progress: called as bytes are done.
+        pairs: what the round trip compares, given the directory written.
+        prove: compares logits, given the directory written and a progress function.
+
+    Raises:
+        ProofFailed: a proof does not hold; what was written stays in the work directory, with the record.
+        InputOutput: the disk refuses.
+    """
+    workers = workers or min(os.cpu_count() or 1, 8)
+    space = Workspace(destination, plan.identity, resume=resume, restart=overwrite)
+    try:
+        written = sum(path.stat().st_blocks * 512 for path in space.path.iterdir())
+        try:
+            check_space(plan, space.path, written)
+        except InputOutput:
+            if not space.done:
+                space.discard()
+            raise
+        total = sum(output.expression.nbytes for output in plan.tensors)
+        checksums = Executor(plan, space, workers, _stage(progress, "write", total)).run()
+        found: RoundTrip | None = None
+        if proving.verify != NONE:
+            compared = pairs(space.path)
+            amount = sum(pair.source.nbytes for pair in compared)
+            try:
+                found = compare(compared, workers, _stage(progress, "verify", amount))
+            except ProofFailed as error:
+                write_record(space.path, replace(report, failure=error.what).to_dict())
+                raise
+            _check_written(checksums, plan)
+        (space.path / manifest.MANIFEST).write_bytes(
+            manifest.build(plan, checksums, found.source_digests if found else {})
+        )
+        trip = None if found is None else {k: v for k, v in asdict(found).items() if k != "source_digests"}
+        report = replace(report, roundtrip=trip)
+        if proving.verify == LOGITS:
+            shown = lambda done, layers: progress("logits", done * total // layers, total)  # noqa: E731
+            logits = prove(space.path, shown)
+            report = replace(report, logits=logits, failure=None if logits["verdict"] else logits["reason"])
+            write_record(space.path, report.to_dict())
+            require_logits(logits, source, space.path)
+        report = replace(report, published=True)
+        write_record(space.path, report.to_dict())
+        space.finish()
+        publish(space.path, destination, sync=sync)
+    finally:
+        space.close()
+    return report
+
+
+def _stage(progress: Progress, name: str, total: int) -> Callable[[int], None]:
+    lock, done = threading.Lock(), 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        with lock:
+            done += count
+            now = done
+        progress(name, now, total)
+
+    return add
+
+
+def _check_written(checksums: Mapping[str, str], plan: Plan) -> None:
+    missing = [region.key for region in plan.regions() if region.key not in checksums]
+    assert not missing, missing

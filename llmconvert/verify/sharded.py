@@ -1,0 +1,175 @@
+"""Run a Megatron checkpoint as its shards, with what `LayerwiseModel` offers: layer by layer, half by half."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmconvert.checkpoint.megatron import MegatronCheckpoint, Place, open_megatron
+from llmconvert.errors import BadInput
+from llmconvert.tensors.evaluate import Reader, evaluate, to_torch
+from llmconvert.tensors.expressions import stored
+from llmconvert.verify.float64 import float64_throughout
+from llmconvert.verify.layerwise import Halves, Seen, disturb
+from llmconvert.verify.probes import Probe
+from llmconvert.verify.reference.megatron import Chunk, MegatronForCausalLM
+
+_HALVES = Halves("attention", "mlp", "mlp")
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """A Megatron checkpoint's sizes under the names config.json has for them.
+
+    Raises:
+        LlmconvertError: it cannot be opened.
+    """
+    args = open_megatron(directory, trust_pickle=True).args
+    return {
+        "vocab_size": args.get("vocab_size") or args.get("padded_vocab_size"),
+        "max_position_embeddings": args.get("max_position_embeddings") or args.get("seq_length"),
+    }
+
+
+class ShardedModel:
+    """A Megatron checkpoint run rank by rank; see `LayerwiseModel`, whose methods it has.
+
+    Args:
+        directory: the checkpoint, in the `torch` format.
+        dtype: of the computation; float64 is float64 throughout.
+        device: where.
+        vocab_size: logits beyond it are those of padding and are cut off.
+        rounded: tensors to disturb by a rounding to the dtype named.
+
+    Raises:
+        BadInput: shards are missing or misshapen.
+        Refused: the arguments describe a model that is not computed here.
+    """
+
+    def __init__(
+        self, directory: Path, dtype: torch.dtype, device: str, *, vocab_size: int,
+        rounded: Mapping[str, torch.dtype] | None = None,
+    ) -> None:  # fmt: skip
+        """See the class."""
+        self.directory, self.dtype, self.device, self.vocab_size = directory, dtype, torch.device(device), vocab_size
+        self.norms: dict[str, float] = {}
+        self.checkpoint = open_megatron(directory, trust_pickle=True)
+        self._rounded, self._reader = rounded or {}, Reader()
+        chunks = depth(self.checkpoint)
+        with self._arithmetic():
+            self.module = MegatronForCausalLM(
+                self.checkpoint.args, chunks, self._tensor, tp_size=self.checkpoint.tp, dtype=dtype, device=device
+            )
+        self.layers: list[nn.Module] = list(self.module.layers)
+        self._places = [(chunk, local) for chunk in chunks for local in range(chunk.num_layers)]
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        return float64_throughout() if self.dtype == torch.float64 else nullcontext()
+
+    def _tensor(self, pp_rank: int, vpp_chunk: int, tp_rank: int, name: str) -> Tensor:
+        tensor = self.checkpoint.tensors[Place(pp_rank, vpp_chunk, tp_rank)][name]
+        with torch._C.DisableTorchFunction():
+            block = evaluate(stored(tensor), 0, tensor.shape[0], self._reader)
+            value = to_torch(block, tensor.dtype).to(self.device, self.dtype)
+        if tensor.name not in self.norms:
+            self.norms[tensor.name] = math.sqrt(float(value.double().square().sum()))
+        if tensor.name in self._rounded:
+            # Copies on other ranks must stay copies: what is drawn depends on the name within the rank alone.
+            value = disturb(value, self._rounded[tensor.name], sum(name.encode()))
+        return value
+
+    def block(self, index: int) -> AbstractContextManager[None]:
+        """Nothing: shards are read as they are used."""
+        return nullcontext()
+
+    @torch.no_grad()
+    def begin(self, probes: Sequence[Probe]) -> list[Tensor]:
+        """Embed the probes."""
+        self._probes = list(probes)
+        with self._arithmetic():
+            return [self.module.embed(probe.input_ids.to(self.device)) for probe in probes]
+
+    @torch.no_grad()
+    def layer(
+        self, index: int, streams: Sequence[Tensor], middles: Sequence[Tensor | None] | None = None
+    ) -> list[Seen]:
+        """Run one layer; see `LayerwiseModel.layer`."""
+        layer, results = self.module.layers[index], []
+        for k, (probe, stream) in enumerate(zip(self._probes, streams, strict=True)):
+            with self._arithmetic():
+                middle = layer.first_half(
+                    stream, probe.position_ids.to(self.device), probe.attention_mask.to(self.device)
+                )
+                given = middles[k] if middles else None
+                out = layer.second_half(middle if given is None else given)
+            results.append(Seen(out, middle))
+        return results
+
+    def halves(self, index: int) -> Halves | None:
+        """Attention and MLP."""
+        return _HALVES
+
+    @torch.no_grad()
+    def end(self, streams: Sequence[Tensor], normed: Sequence[Tensor] | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Norm and head; see `LayerwiseModel.end`."""
+        for k, stream in enumerate(streams):
+            with self._arithmetic():
+                head_input = self.module.final_norm(stream)
+                logits = self.module.logits(head_input if normed is None else normed[k])
+            yield head_input, logits[..., : self.vocab_size]
+
+    def forward(self, probes: Sequence[Probe]) -> list[Tensor]:
+        """Logits [batch, tokens, vocabulary] of each probe."""
+        streams = self.begin(probes)
+        for index in range(len(self.layers)):
+            streams = [seen.out for seen in self.layer(index, streams)]
+        return [logits for _, logits in self.end(streams)]
+
+    def part_tensors(self, index: int, part: str) -> list[str]:
+        """The stored tensors of a layer, or of its attention or MLP with the norm before it."""
+        chunk, local = self._places[index]
+        prefix, own = f"decoder.layers.{local}.", []
+        for t in range(self.checkpoint.tp):
+            for name, tensor in self.checkpoint.tensors[Place(chunk.pp_rank, chunk.vpp_chunk, t)].items():
+                if name.startswith(prefix):
+                    half = "mlp" if name.removeprefix(prefix).startswith(("mlp.", "pre_mlp")) else "attention"
+                    if part in ("", half):
+                        own.append(tensor.name)
+        return own
+
+    def _named(self, chunk: Chunk, *names: str) -> list[str]:
+        places = (Place(chunk.pp_rank, chunk.vpp_chunk, t) for t in range(self.checkpoint.tp))
+        held = [self.checkpoint.tensors[place] for place in places]
+        return [named[name].name for named in held for name in names if name in named]
+
+    def late_tensors(self) -> tuple[list[str], list[str]]:
+        """The stored tensors used after the layers: the norm's, and the head's."""
+        last = self.module.chunks[-1]
+        heads = self._named(last, "output_layer.weight") or self.early_tensors()
+        return self._named(last, "decoder.final_layernorm.weight"), heads
+
+    def early_tensors(self) -> list[str]:
+        """The stored tensors used before the layers."""
+        return self._named(self.module.chunks[0], "embedding.word_embeddings.weight")
+
+
+def depth(checkpoint: MegatronCheckpoint) -> list[Chunk]:
+    """A checkpoint's chunks in order of depth: virtual chunks are dealt to pipeline ranks in turn.
+
+    Raises:
+        BadInput: a chunk's layers are not numbered from 0 without a gap.
+    """
+    chunks = []
+    for v in range(checkpoint.vpp):
+        for p in range(checkpoint.pp):
+            names = checkpoint.tensors[Place(p, v, 0)]
+            numbers = sorted({int(name.split(".")[2]) for name in names if name.startswith("decoder.layers.")})
+            if numbers != list(range(len(numbers))):
+                raise BadInput(f"pipeline rank {p}, chunk {v} holds layers {numbers}", where=str(checkpoint.release))
+            chunks.append(Chunk(p, v, len(numbers)))
+    return chunks

@@ -1,0 +1,116 @@
+"""Split and merge against the real megatron-core, and against rank files written by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import checkpoints
+import megatron_oracle as oracle
+import megatron_ranks as ranks
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from llmconvert.converters.megatron import grid as grids
+from llmconvert.converters.megatron.merge import merge_checkpoint
+from llmconvert.converters.megatron.split import split_checkpoint
+
+needs_megatron = pytest.mark.skipif(not oracle.AVAILABLE, reason="needs megatron-core and psutil")
+TOLERANCE = 1e-5
+
+
+def own(grid: oracle.Grid) -> grids.Grid:
+    """The oracle's grid as ours."""
+    return grids.Grid(
+        grid.tp, grid.pp, grid.vpp or 1, grid.first, grid.last, grid.embedding_counts, grid.loss_counts, grid.layout
+    )
+
+
+def source_of(case: ranks.Case, directory: Path) -> Path:
+    """The transformers model of a case, saved by transformers."""
+    ranks.build(case).save_pretrained(directory)
+    return directory
+
+
+def relative(found: np.ndarray | oracle.Failed, wanted: np.ndarray) -> float:
+    if isinstance(found, oracle.Failed):
+        raise found
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+@needs_megatron
+def test_megatron_core_loads_what_split_writes_and_gives_the_logits_of_transformers(tmp_path: Path) -> None:
+    jobs = []
+    for name, case in ranks.CASES.items():
+        source = source_of(case, tmp_path / name / "hf")
+        split_checkpoint(
+            source,
+            tmp_path / name / "ranks",
+            own(case.grid),
+            transformer_impl="local",
+            divisible_by=1,
+            verify="weights",
+        )
+        args = torch.load(next((tmp_path / name / "ranks").rglob("*.pt")), weights_only=False)["args"]
+        model = replace(ranks.model_of(case), padded_vocab_size=args.padded_vocab_size)
+        jobs.append(oracle.Load(model, case.grid, tmp_path / name / "ranks", "torch", ranks.input_ids()))
+    errors = {
+        name: relative(found, ranks.expected(case))
+        for (name, case), found in zip(ranks.CASES.items(), oracle.run(jobs), strict=True)
+    }
+    assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_shards_are_those_written_by_hand(name: str, tmp_path: Path) -> None:
+    case = ranks.CASES[name]
+    source = source_of(case, tmp_path / "hf")
+    split_checkpoint(
+        source, tmp_path / "ranks", own(case.grid), transformer_impl="local", divisible_by=1, verify="weights"
+    )
+    for (p, v, t), expected in ranks.shards(case).items():
+        folder = f"mp_rank_{t:02d}" + (f"_{p:03d}" if case.grid.pp > 1 else "")
+        path = tmp_path / "ranks" / "release" / folder / "model_optim_rng.pt"
+        whole = torch.load(path, weights_only=False, mmap=True)
+        found = whole["model" if case.grid.vpp is None else f"model{v}"]
+        found = {key: tensor for key, tensor in found.items() if not key.endswith("_extra_state")}
+        assert found.keys() == expected.keys()
+        for key, tensor in expected.items():
+            if "word_embeddings" not in key and "output_layer" not in key:  # padded to another size by hand
+                assert torch.equal(found[key], tensor), key
+
+
+@pytest.mark.parametrize("name", ranks.CASES)
+def test_hand_written_ranks_merge_to_the_tensors_of_transformers(name: str, tmp_path: Path) -> None:
+    case = ranks.CASES[name]
+    source = source_of(case, tmp_path / "hf")
+    ranks.write(case, tmp_path / "ranks")
+    target = {"qwen2": "qwen2", "qwen2_tied": "qwen2", "qwen3": "qwen3", "glm": "glm"}.get(case.arch, "llama")
+    merge_checkpoint(tmp_path / "ranks", tmp_path / "merged", to=target, config=source, verify="weights")
+    before, after = checkpoints.tensors(source), checkpoints.tensors(tmp_path / "merged")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert torch.equal(tensor, after[key]), key
+
+
+@pytest.mark.parametrize(
+    "arch", ["qwen", "baichuan", "baichuan2", "chatglm2", "glm4_9b", "internlm2", "yi_old", "qwen3"]
+)
+def test_split_and_merge_bring_every_dialect_back(arch: str, tmp_path: Path) -> None:
+    source = tiny.make(arch, tmp_path / "source", dtype="bfloat16", tokenizer=True)
+    split_checkpoint(source, tmp_path / "ranks", grids.Grid(tp=2, pp=3), verify="weights")
+    if arch == "baichuan2":  # its head was folded, one way
+        merge_checkpoint(tmp_path / "ranks", tmp_path / "merged", to="llama", verify="weights")
+        return
+    report = merge_checkpoint(tmp_path / "ranks", tmp_path / "merged", verify="weights")
+    before, after = checkpoints.tensors(source), checkpoints.tensors(tmp_path / "merged")
+    before = {name: tensor for name, tensor in before.items() if not name.endswith("inv_freq")}
+    assert before.keys() == after.keys() and report.target_architecture != "llama"
+    for key, tensor in before.items():
+        assert torch.equal(tensor, after[key]), key
+    config, again = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "merged"))
+    assert config == again
+    assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
