@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.checkpoint.directory import open_checkpoint, read_json
-from llmconvert.converters.huggingface import Progress, Report, convert
+from llmconvert.converters.huggingface import convert
+from llmconvert.converters.running import Progress, Report
 from llmconvert.errors import ProofFailed
 from llmconvert.tensors.expressions import stored
 from llmconvert.verify.roundtrip import BITWISE, Pair, compare

@@ -18,8 +18,8 @@ from llmconvert.checkpoint.dtypes import FROM_NAME, TO_NAME
 from llmconvert.checkpoint.megatron import MegatronCheckpoint, open_megatron
 from llmconvert.converters.companions import companions
 from llmconvert.converters.megatron import arguments
-from llmconvert.converters.megatron.grid import chunks
-from llmconvert.converters.megatron.shards import Cut, Joined, find_norms, join, split
+from llmconvert.converters.megatron.grid import Grid, chunks
+from llmconvert.converters.megatron.shards import OUTPUT, Cut, Joined, find_norms, join, split
 from llmconvert.converters.megatron.split import HF_FOLDER
 from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import unlowered
@@ -32,7 +32,7 @@ from llmconvert.spec.dialect import emit, keys_read, lift, read_config, write_co
 from llmconvert.spec.keys import carried
 from llmconvert.spec.language import Spec
 from llmconvert.spec.registry import Registry, registry
-from llmconvert.tensors.expressions import Expression, cast, stored
+from llmconvert.tensors.expressions import Expression, cast, rows, stored
 from llmconvert.verify.ledger import Ledger, account
 from llmconvert.verify.roundtrip import BITWISE, Pair, failing
 
@@ -126,7 +126,7 @@ def _completed(args: dict[str, Any], path: Path) -> dict[str, Any]:
     """Arguments with what they lack taken from a config.json."""
     source = read_json(path / "config.json" if path.is_dir() else path)
     config = read_config(registry().detect(source), source)
-    described = arguments.to_arguments(config, arguments.Grid(), config.vocab_size, 1, "float32")
+    described = arguments.to_arguments(config, Grid(), config.vocab_size, 1, "float32")
     own = {key: value for key, value in args.items() if value is not None}
     return {**described, **own, "vocab_size": config.vocab_size}
 
@@ -249,7 +249,7 @@ def _config(
         except (BadInput, Refused):
             same = False
         if same:
-            named = {key: TO_NAME[dtype] for key in ("torch_dtype", "dtype") if key in source}
+            named: dict[str, Any] = {key: TO_NAME[dtype] for key in ("torch_dtype", "dtype") if key in source}
             return {**source, **named}, ("config.json is the original one, as recorded when this checkpoint was split",)
     return written, ()
 
@@ -262,16 +262,26 @@ def _pairs(conversion: MergeConversion, written: Path) -> list[Pair]:
     before = CanonicalModel(opened.config, opened.joined.tensors)
     back, lossy = unlowered(model, before, conversion.steps)
     assert not lossy, "nothing Megatron holds is folded one way"
-    again = split(back.tensors, opened.config, opened.cut)
+    return shard_pairs(opened, back.tensors)
+
+
+def shard_pairs(opened: Opened, tensors: Mapping[str, Expression]) -> list[Pair]:
+    """Pairs of each shard of a checkpoint, without padding, and the same cut out of a model.
+
+    Args:
+        opened: the checkpoint.
+        tensors: canonical tensors of the model, by name.
+    """
+    again = split(tensors, opened.config, opened.cut)
     pairs = []
     for place, named in opened.checkpoint.tensors.items():
         for name, tensor in named.items():
             returned, source = again[place][name], stored(tensor)
             count = opened.joined.rows_used.get((place, name))
             if count is not None:
-                from llmconvert.tensors.expressions import rows
-
                 source, returned = rows(source, 0, count), rows(returned, 0, count)
+            if (place, name) in opened.joined.copies and name == OUTPUT:
+                continue  # the embedding's copy: compared with it before, and padded as it is
             if returned.dtype != source.dtype:
                 source = cast(source, returned.dtype)
             if source.rows:

@@ -134,7 +134,7 @@ def plan_split(
     main = Counter(e.dtype for e in model.tensors.values()).most_common(1)[0][0]
     args = arguments.to_arguments(model.config, grid, padded, divisible_by, TO_NAME[main])
     args["transformer_impl"] = transformer_impl
-    outputs, files = _lay_out(shards, args, grid)
+    outputs, files = lay_out_ranks(shards, args, grid)
     extra = companions(checkpoint)
     texts = {f"{HF_FOLDER}/{name}": text for name, text in extra.texts.items()}
     texts |= {
@@ -172,7 +172,7 @@ def _identity(checkpoint: Checkpoint, files: tuple[WeightFile, ...], summary: Ma
     return json.dumps(value, sort_keys=True, default=str) + "\n"
 
 
-def _lay_out(
+def lay_out_ranks(
     shards: Shards, args: Mapping[str, Any], grid: Grid
 ) -> tuple[tuple[OutputTensor, ...], tuple[WeightFile, ...]]:
     """A rank file for every rank, as Megatron-LM saves it."""

@@ -290,6 +290,210 @@ def roundtrip(
         raise typer.Exit(ProofFailed.exit_code)
 
 
+Tp = Annotated[int, typer.Option("--tp", "--tensor-model-parallel-size", help="tensor ranks")]
+Pp = Annotated[int, typer.Option("--pp", "--pipeline-model-parallel-size", help="pipeline ranks")]
+Vpp = Annotated[int, typer.Option("--vpp", help="virtual chunks a pipeline rank")]
+First = Annotated[int | None, typer.Option("--num-layers-in-first-pipeline-stage", help="layers of the first rank")]
+Last = Annotated[int | None, typer.Option("--num-layers-in-last-pipeline-stage", help="layers of the last rank")]
+EmbeddingCounts = Annotated[
+    bool, typer.Option("--account-for-embedding-in-pipeline-split", help="the embedding counts as a layer")
+]
+LossCounts = Annotated[bool, typer.Option("--account-for-loss-in-pipeline-split", help="the loss counts as a layer")]
+Layout = Annotated[
+    str | None, typer.Option("--pipeline-model-parallel-layout", help="stages in full, such as `Et*3|(tt|)*2tL`")
+]
+Divisible = Annotated[
+    int, typer.Option("--make-vocab-size-divisible-by", help="the vocabulary is padded to a multiple of this times TP")
+]
+Iteration = Annotated[int | None, typer.Option(help="which iteration of SRC; the latest if absent")]
+VocabSize = Annotated[
+    int | None, typer.Option(help="tokens of the vocabulary, where SRC's args have only the padded size")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="a config.json, or a Hugging Face directory, for what SRC's args lack")
+]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="read past unknown names in SRC's pickles; nothing is run all the same")
+]
+MegatronSource = Annotated[Path, typer.Argument(metavar="SRC", help="a Megatron checkpoint directory")]
+
+
+def _show(run: Callable[..., Any], json: bool, quiet: bool, dry_run: bool) -> None:
+    """Run a writing command and show its report."""
+    from llmconvert.cli import render
+
+    output = Output(json_mode=json, quiet=quiet)
+    with output.progress() as progress:
+        found = run(dry_run=dry_run, progress=progress)
+    output.result(found.to_dict(), render.report(found, dry_run=dry_run))
+
+
+def _torch_format(value: str) -> str:
+    if value != "torch":
+        raise Usage(f"`--format {value}` is not written", hint="choose torch")
+    return value
+
+
+Format = Annotated[str, typer.Option("--format", callback=_torch_format, help="torch (mp_rank_XX/model_optim_rng.pt)")]
+
+
+@app.command()
+def split(
+    source: Source,
+    destination: Destination,
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vpp: Vpp = 1,
+    first: First = None,
+    last: Last = None,
+    embedding_counts: EmbeddingCounts = False,
+    loss_counts: LossCounts = False,
+    layout: Layout = None,
+    divisible_by: Divisible = 128,
+    transformer_impl: Annotated[
+        str, typer.Option(help="whose parameter names to write: transformer_engine or local")
+    ] = "transformer_engine",
+    format: Format = "torch",
+    dtype: Dtype = None,
+    spec_file: SpecFile = None,
+    verify: Verify = "logits",
+    device: Device = "auto",
+    load: Load = "auto",
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    sync: Sync = True,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hugging Face → Megatron: cut a checkpoint over tensor and pipeline ranks."""
+    from functools import partial
+
+    from llmconvert.converters.megatron.grid import Grid
+    from llmconvert.converters.megatron.split import split_checkpoint
+
+    grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout)
+    run = partial(
+        split_checkpoint, source, destination, grid, transformer_impl=transformer_impl, divisible_by=divisible_by,
+        dtype=dtype, spec_file=spec_file, verify=verify, device=device, load=load, workers=workers,
+        overwrite=overwrite, resume=resume, sync=sync,
+    )  # fmt: skip
+    _show(run, json, quiet, dry_run)
+
+
+@app.command()
+def merge(
+    source: MegatronSource,
+    destination: Destination,
+    to: Annotated[
+        str | None,
+        typer.Option(help="target architecture; what SRC was split from, or what its args describe, if absent"),
+    ] = None,
+    iteration: Iteration = None,
+    vocab_size: VocabSize = None,
+    config: ConfigFile = None,
+    trust_pickle: TrustPickle = False,
+    dtype: Dtype = None,
+    max_shard_size: ShardSize = "5GB",
+    spec_file: SpecFile = None,
+    verify: Verify = "logits",
+    device: Device = "auto",
+    load: Load = "auto",
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    sync: Sync = True,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Megatron → Hugging Face: put the ranks together."""
+    from functools import partial
+
+    from llmconvert.converters.megatron.merge import merge_checkpoint
+
+    run = partial(
+        merge_checkpoint, source, destination, to=to, iteration=iteration, vocab_size=vocab_size, config=config,
+        trust_pickle=trust_pickle, dtype=dtype, max_shard_size=max_shard_size, spec_file=spec_file, verify=verify,
+        device=device, load=load, workers=workers, overwrite=overwrite, resume=resume, sync=sync,
+    )  # fmt: skip
+    _show(run, json, quiet, dry_run)
+
+
+@app.command()
+def reshard(
+    source: MegatronSource,
+    destination: Destination,
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vpp: Vpp = 1,
+    first: First = None,
+    last: Last = None,
+    embedding_counts: EmbeddingCounts = False,
+    loss_counts: LossCounts = False,
+    layout: Layout = None,
+    divisible_by: Divisible = 128,
+    transformer_impl: Annotated[
+        str | None, typer.Option(help="whose parameter names to write: transformer_engine or local; SRC's if absent")
+    ] = None,
+    format: Format = "torch",
+    iteration: Iteration = None,
+    vocab_size: VocabSize = None,
+    config: ConfigFile = None,
+    trust_pickle: TrustPickle = False,
+    verify: Verify = "logits",
+    device: Device = "auto",
+    load: Load = "auto",
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    sync: Sync = True,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Megatron → Megatron: the same model on another grid."""
+    from functools import partial
+
+    from llmconvert.converters.megatron.grid import Grid
+    from llmconvert.converters.megatron.reshard import reshard_checkpoint
+
+    grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout)
+    run = partial(
+        reshard_checkpoint, source, destination, grid, transformer_impl=transformer_impl, divisible_by=divisible_by,
+        iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle, verify=verify,
+        device=device, load=load, workers=workers, overwrite=overwrite, resume=resume, sync=sync,
+    )  # fmt: skip
+    _show(run, json, quiet, dry_run)
+
+
+@app.command("megatron-args")
+def megatron_args(
+    source: Source,
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vpp: Vpp = 1,
+    first: First = None,
+    last: Last = None,
+    embedding_counts: EmbeddingCounts = False,
+    loss_counts: LossCounts = False,
+    layout: Layout = None,
+    divisible_by: Divisible = 128,
+    spec_file: SpecFile = None,
+    json: Json = False,
+) -> None:
+    """Print Megatron-LM's options for a Hugging Face checkpoint, to train it on a grid."""
+    from llmconvert.converters.megatron import arguments
+    from llmconvert.converters.megatron.grid import Grid
+    from llmconvert.converters.megatron.split import plan_split
+
+    grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout)
+    args = plan_split(source, grid, divisible_by=divisible_by, spec_file=spec_file).args
+    value = {"args": args, "flags": arguments.flags(args)}
+    Output(json_mode=json).result(value, arguments.script(args, "DIR").rstrip())
+
+
 @app.command("new-spec")
 def new_spec(
     source: Source,

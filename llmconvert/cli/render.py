@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmconvert.converters.huggingface import Report
+    from llmconvert.converters.running import Report
 
 
 def size(count: int) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmconvert.verify.layerwise import Call, LayerwiseModel, Seen
 from llmconvert.verify.probes import Probe
+from llmconvert.verify.runnable import Call, Runnable, Seen
 
 Explanation = tuple[str, list[str], list[str]]
 """What the numbers say, the first model's tensors concerned, the second's."""
@@ -20,9 +20,7 @@ SAME = 1e-9
 class _Stages:
     """A half of a layer at work: what its norm gives, what its first matrices make of it, what its last one gets."""
 
-    def __init__(
-        self, model: LayerwiseModel, index: int, child: str, seen: Sequence[Seen], probes: Sequence[Probe]
-    ) -> None:
+    def __init__(self, model: Runnable, index: int, child: str, seen: Sequence[Seen], probes: Sequence[Probe]) -> None:
         self.model, self.index, self.child = model, index, child
         calls = [[call for call in s.calls if call.name.split(".")[0] == child] for s in seen]
         names = [call.name for call in calls[0]]
@@ -84,7 +82,7 @@ def _norm_fault(a: Sequence[Tensor], b: Sequence[Tensor], kept: Sequence[Tensor]
 
 
 def explain_layer(
-    part: str, index: int, left: LayerwiseModel, right: LayerwiseModel, mine: Sequence[Seen], theirs: Sequence[Seen],
+    part: str, index: int, left: Runnable, right: Runnable, mine: Sequence[Seen], theirs: Sequence[Seen],
     probes: Sequence[Probe], same: float = SAME,
 ) -> Explanation:  # fmt: skip
     """Name the tensors behind a half's difference.
@@ -151,7 +149,7 @@ def _some(stages: _Stages, *letters: str) -> list[str]:
     return stages.tensors(*(names or stages.early))
 
 
-def _norms(model: LayerwiseModel, index: int, part: str) -> list[str]:
+def _norms(model: Runnable, index: int, part: str) -> list[str]:
     """The norms of a layer: the one before the MLP half, or the others."""
     layer, halves = model.layers[index], model.halves(index)
     assert halves is not None  # or the stages would not be known

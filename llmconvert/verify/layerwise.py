@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +15,9 @@ from llmconvert.errors import BadInput, Refused
 from llmconvert.verify.float64 import float64_throughout
 from llmconvert.verify.models import FileWeights, Weights, check_fit, empty_model, load_model, tied_names
 from llmconvert.verify.probes import Probe
+from llmconvert.verify.runnable import Call, Halves, Seen
 
 _PIECE = 1 << 22
-
-
-@dataclass(frozen=True)
-class Call:
-    """One use of a module that owns a matrix.
-
-    Attributes:
-        name: within the layer.
-        given: its input.
-        gave: its output.
-    """
-
-    name: str
-    given: Tensor
-    gave: Tensor
-
-
-@dataclass(frozen=True)
-class Halves:
-    """The two halves of a layer.
-
-    Attributes:
-        attention, mlp: the children that own matrices, in the order they are called.
-        middle: the child whose input is the residual stream between the halves; None where they run in parallel.
-    """
-
-    attention: str
-    mlp: str
-    middle: str | None
-
-
-@dataclass
-class Seen:
-    """What a layer did to one probe.
-
-    Attributes:
-        out: the residual stream after it, [batch, tokens, hidden].
-        middle: the stream between attention and MLP, or None where the two run in parallel.
-        calls: the uses of its matrices, in order.
-    """
-
-    out: Tensor
-    middle: Tensor | None = None
-    calls: list[Call] = field(default_factory=list)
 
 
 class _ModuleWeights:

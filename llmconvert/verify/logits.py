@@ -24,6 +24,7 @@ from llmconvert.errors import Usage
 from llmconvert.verify.layerwise import LayerwiseModel
 from llmconvert.verify.models import config_of, stored_shapes
 from llmconvert.verify.probes import Probe, limits, make_probes, padded, token_texts
+from llmconvert.verify.runnable import Runnable
 from llmconvert.verify.sharded import ShardedModel
 from llmconvert.verify.sweep import Departure, LayerDifference, Sweep, sweep
 
@@ -31,9 +32,6 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch
 _GREEDY_TOKENS, _GREEDY_PROMPT = 16, 5
 _CHUNK = 64
 _WORST = 8
-
-Runnable = LayerwiseModel | ShardedModel
-"""What can be run layer by layer: a Hugging Face checkpoint, or Megatron shards."""
 
 _SLACK = 2.0**8
 """How far beyond float64's share of the measured rounding two equal functions may be.

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmconvert.checkpoint.megatron import MegatronCheckpoint, Place, open_megatron
 from llmconvert.errors import BadInput
 from llmconvert.tensors.evaluate import Reader, evaluate, to_torch
 from llmconvert.tensors.expressions import stored
 from llmconvert.verify.float64 import float64_throughout
-from llmconvert.verify.layerwise import Halves, Seen, disturb
+from llmconvert.verify.layerwise import disturb
 from llmconvert.verify.probes import Probe
-from llmconvert.verify.reference.megatron import Chunk, MegatronForCausalLM
+from llmconvert.verify.reference.megatron import Chunk, MegatronForCausalLM, MegatronLayer
+from llmconvert.verify.runnable import Halves, Seen
 
 _HALVES = Halves("attention", "mlp", "mlp")
 
@@ -65,7 +66,7 @@ class ShardedModel:
             self.module = MegatronForCausalLM(
                 self.checkpoint.args, chunks, self._tensor, tp_size=self.checkpoint.tp, dtype=dtype, device=device
             )
-        self.layers: list[nn.Module] = list(self.module.layers)
+        self.layers = [layer for layer in self.module.layers if isinstance(layer, MegatronLayer)]
         self._places = [(chunk, local) for chunk in chunks for local in range(chunk.num_layers)]
 
     def _arithmetic(self) -> AbstractContextManager[None]:
@@ -99,7 +100,7 @@ class ShardedModel:
         self, index: int, streams: Sequence[Tensor], middles: Sequence[Tensor | None] | None = None
     ) -> list[Seen]:
         """Run one layer; see `LayerwiseModel.layer`."""
-        layer, results = self.module.layers[index], []
+        layer, results = self.layers[index], []
         for k, (probe, stream) in enumerate(zip(self._probes, streams, strict=True)):
             with self._arithmetic():
                 middle = layer.first_half(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from llmconvert.verify.diagnose import SAME, explain_head, explain_layer
-from llmconvert.verify.layerwise import LayerwiseModel, Seen
 from llmconvert.verify.probes import Probe
+from llmconvert.verify.runnable import Runnable, Seen
 
 _WORTH_EXPLAINING = 2.0**-40
 """Relative differences below it are float64's rounding."""
@@ -108,7 +108,7 @@ def _farthest(
 
 
 def sweep(
-    left: LayerwiseModel, right: LayerwiseModel, probes: Sequence[Probe], *, explain: bool, rounded: bool = False,
+    left: Runnable, right: Runnable, probes: Sequence[Probe], *, explain: bool, rounded: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sweep:  # fmt: skip
     """Run both models on all probes.
@@ -137,7 +137,7 @@ def sweep(
 
 class _Lockstep:
     def __init__(
-        self, left: LayerwiseModel, right: LayerwiseModel, probes: list[Probe], explain: bool, rounded: bool,
+        self, left: Runnable, right: Runnable, probes: list[Probe], explain: bool, rounded: bool,
         found: Sweep, progress: Callable[[int, int], None],
     ) -> None:  # fmt: skip
         self.left, self.right, self.probes, self.explain = left, right, probes, explain
