@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.checkpoint.dtypes import TO_NAME
+from llmconvert.checkpoint.megatron import is_megatron
+from llmconvert.converters.megatron.merge import open_model, plan_merge
 from llmconvert.converters.planning import plan_conversion
 from llmconvert.errors import LlmconvertError, ProofFailed
+from llmconvert.tensors.expressions import Expression
 from llmconvert.verify.roundtrip import BITWISE, Pair, compare
 
 EQUAL, DIFFERENT, NOT_COMPARED = "equal", "different", "not compared"
@@ -48,10 +51,9 @@ def compare_weights(left: Path, right: Path, *, spec_file: Path | None = None, w
         workers: threads.
     """
     try:
-        sides = [plan_conversion(path, "llama", spec_file=spec_file) for path in (left, right)]
+        first, second = (_in_llamas_form(path, spec_file) for path in (left, right))
     except LlmconvertError as error:
         return WeightsReport(NOT_COMPARED, f"not both can be brought to Llama's form: {error.what}")
-    first, second = ({t.name: t.expression for t in side.plan.tensors} for side in sides)
     if first.keys() != second.keys():
         apart = sorted(first.keys() ^ second.keys())
         return WeightsReport(DIFFERENT, f"only one of them has {_list(apart)}", 0, tuple(apart))
@@ -68,6 +70,14 @@ def compare_weights(left: Path, right: Path, *, spec_file: Path | None = None, w
     if wrong:
         return WeightsReport(DIFFERENT, f"{_list(wrong)} differ", len(first), tuple(wrong))
     return WeightsReport(EQUAL, f"all {len(first)} tensors are equal bit for bit in Llama's form", len(first))
+
+
+def _in_llamas_form(path: Path, spec_file: Path | None) -> dict[str, Expression]:
+    if is_megatron(path):
+        plan = plan_merge(open_model(path, trust_pickle=True), to="llama", spec_file=spec_file).plan
+    else:
+        plan = plan_conversion(path, "llama", spec_file=spec_file).plan
+    return {tensor.name: tensor.expression for tensor in plan.tensors}
 
 
 def _list(names: list[str]) -> str:

@@ -12,11 +12,50 @@ from llmconvert.canonical.lowerings import lower
 from llmconvert.canonical.model import traits
 from llmconvert.checkpoint.directory import open_checkpoint
 from llmconvert.checkpoint.dtypes import TO_NAME
+from llmconvert.checkpoint.megatron import is_megatron, open_megatron
+from llmconvert.converters.megatron.merge import open_model
 from llmconvert.engine import manifest
 from llmconvert.errors import LlmconvertError
 from llmconvert.spec.dialect import Lifted, lift, read_config, write_config
 from llmconvert.spec.language import Spec
 from llmconvert.spec.registry import registry
+
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "rope_theta", "rotary_dim",
+)  # fmt: skip
+
+
+def _inspect_megatron(directory: Path) -> dict[str, Any]:
+    """Describe a Megatron checkpoint; `problem` says so where its arguments do not explain its tensors."""
+    checkpoint = open_megatron(directory, trust_pickle=True)
+    stored = checkpoint.stored
+    made = (manifest.read(directory) or {}).get("source") or {}
+    grid = f"TP {checkpoint.tp}, PP {checkpoint.pp}" + (f", VPP {checkpoint.vpp}" if checkpoint.vpp > 1 else "")
+    result: dict[str, Any] = {
+        "path": str(directory),
+        "architecture": "megatron",
+        "title": f"Megatron, format torch, {grid}, iteration {checkpoint.iteration}",
+        "parameters": sum(math.prod(tensor.shape) for tensor in stored.values()),
+        "bytes": sum(tensor.nbytes for tensor in stored.values()),
+        "tensors": len(stored),
+        "files": [
+            {"name": str(path.relative_to(directory)), "bytes": path.stat().st_size}
+            for path in sorted({tensor.path for tensor in stored.values()})
+        ],
+        "dtypes": dict(Counter(TO_NAME.get(tensor.dtype, tensor.dtype) for tensor in stored.values())),
+        "notes": [f"{checkpoint.left_out} bytes of optimizer and random state"] if checkpoint.left_out else [],
+        "grid": {"tp": checkpoint.tp, "pp": checkpoint.pp, "vpp": checkpoint.vpp},
+        "made_from": made.get("spec"),
+    }
+    try:
+        opened = open_model(directory, trust_pickle=True)
+        result["config"] = {key: getattr(opened.config, key) for key in _SIZES}
+        result["traits"] = sorted(traits(opened.config))
+        result["title"] += f", {opened.transformer_impl} names"
+    except LlmconvertError as error:
+        result["problem"], result["hint"] = error.what, error.hint
+    return result
 
 
 def _verdict(lifted: Lifted, target: Spec) -> str:
@@ -43,6 +82,8 @@ def inspect(source: str | os.PathLike[str], *, spec_file: Path | None = None) ->
     Raises:
         LlmconvertError: the directory cannot be opened at all.
     """
+    if is_megatron(Path(source)):
+        return _inspect_megatron(Path(source))
     known = registry(spec_file)
     checkpoint = open_checkpoint(source)
     dtypes = Counter(TO_NAME.get(tensor.dtype, tensor.dtype) for tensor in checkpoint.tensors.values())
@@ -65,13 +106,7 @@ def inspect(source: str | os.PathLike[str], *, spec_file: Path | None = None) ->
         config = read_config(spec, checkpoint.config, checkpoint.tensors)
         held = traits(config)
         result["traits"] = sorted(held)
-        result["config"] = {
-            key: getattr(config, key)
-            for key in (
-                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                "head_dim", "vocab_size", "max_position_embeddings", "rope_theta", "rotary_dim",
-            )
-        }  # fmt: skip
+        result["config"] = {key: getattr(config, key) for key in _SIZES}
         lifted = lift(spec, checkpoint, config)
         result["notes"] += lifted.notes
         result["dropped"] = lifted.dropped

@@ -176,6 +176,12 @@ def _no_weights(directory: Path, names: set[str]) -> Exception:
             where=where,
             hint="merge it into its base first (peft: model.merge_and_unload()), save, and convert that",
         )
+    if "latest_checkpointed_iteration.txt" in names or any(name.startswith("mp_rank_") for name in names):
+        return Usage(
+            "this is a Megatron checkpoint",
+            where=where,
+            hint="`llmconvert merge` makes a Hugging Face checkpoint of it, `llmconvert reshard` cuts it anew",
+        )
     if any(name.endswith(".gguf") for name in names):
         return Refused("GGUF files are not read", where=where, hint="convert the original safetensors checkpoint")
     shards = sorted(name for name in names if name.endswith((".safetensors", ".bin")))

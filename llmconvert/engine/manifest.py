@@ -11,6 +11,7 @@ import xxhash
 
 import llmconvert
 from llmconvert.checkpoint.directory import open_checkpoint, read_json
+from llmconvert.checkpoint.megatron import is_megatron, open_megatron
 from llmconvert.engine.plan import Plan
 from llmconvert.errors import BadInput, Usage
 from llmconvert.tensors.evaluate import MOVE_BYTES, Reader
@@ -82,17 +83,17 @@ def check(directory: Path) -> tuple[int, int]:
     manifest = read(directory)
     if manifest is None:
         raise Usage(f"there is no `{MANIFEST}` to check against", where=str(directory))
-    checkpoint = open_checkpoint(directory)
+    tensors = open_megatron(directory).stored if is_megatron(directory) else open_checkpoint(directory).tensors
     expected = manifest.get("tensors")
     if not isinstance(expected, dict):
         raise BadInput(f"`{MANIFEST}` lists no tensors", where=str(directory))
-    faults = [f"`{name}` is missing" for name in expected if name not in checkpoint.tensors]
-    faults += [f"`{name}` was added" for name in checkpoint.tensors if name not in expected]
+    faults = [f"`{name}` is missing" for name in expected if name not in tensors]
+    faults += [f"`{name}` was added" for name in tensors if name not in expected]
     total = 0
     buffer = memoryview(bytearray(MOVE_BYTES))
     with Reader() as reader:
         for name, entry in expected.items():
-            tensor = checkpoint.tensors.get(name)
+            tensor = tensors.get(name)
             if tensor is None:
                 continue
             if tensor.dtype != entry["dtype"] or list(tensor.shape) != entry["shape"]:
