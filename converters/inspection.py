@@ -35,7 +35,7 @@ def _inspect_megatron(directory: Path) -> dict[str, Any]:
     result: dict[str, Any] = {
         "path": str(directory),
         "architecture": "megatron",
-        "title": f"Megatron, format torch, {grid}, iteration {checkpoint.iteration}",
+        "title": f"Megatron, format {checkpoint.format}, {grid}, iteration {checkpoint.iteration}",
         "parameters": sum(math.prod(tensor.shape) for tensor in stored.values()),
         "bytes": sum(tensor.nbytes for tensor in stored.values()),
         "tensors": len(stored),

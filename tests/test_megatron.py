@@ -16,6 +16,7 @@ import torch
 
 from llmconvert.converters.megatron import grid as grids
 from llmconvert.converters.megatron.merge import merge_checkpoint
+from llmconvert.converters.megatron.reshard import reshard_checkpoint
 from llmconvert.converters.megatron.split import split_checkpoint
 
 needs_megatron = pytest.mark.skipif(not oracle.AVAILABLE, reason="needs megatron-core and psutil")
@@ -42,7 +43,8 @@ def relative(found: np.ndarray | oracle.Failed, wanted: np.ndarray) -> float:
 
 
 @needs_megatron
-def test_megatron_core_loads_what_split_writes_and_gives_the_logits_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fmt", ["torch", "torch_dist"])
+def test_megatron_core_loads_what_split_writes_and_gives_the_logits_of_transformers(fmt: str, tmp_path: Path) -> None:
     jobs = []
     for name, case in ranks.CASES.items():
         source = source_of(case, tmp_path / name / "hf")
@@ -114,3 +116,50 @@ def test_split_and_merge_bring_every_dialect_back(arch: str, tmp_path: Path) -> 
     config, again = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "merged"))
     assert config == again
     assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+@needs_megatron
+def test_what_megatron_core_saves_merges_to_the_same_tensors(tmp_path: Path) -> None:
+    """Both formats, several grids, stacked layers and not: one random model, saved by the real thing."""
+    model = oracle.Model(add_qkv_bias=True, num_layers=4)
+    ids = ranks.input_ids()
+    saves = {
+        "torch": oracle.Save(model, oracle.Grid(tp=2, pp=2), tmp_path / "torch", "torch", ids, seed=1),
+        "dist": oracle.Save(model, oracle.Grid(tp=2, pp=2), tmp_path / "dist", "torch_dist", ids, seed=1),
+        "layers": oracle.Save(
+            model, oracle.Grid(tp=2, pp=2), tmp_path / "layers", "torch_dist", ids, 1, {"non_homogeneous_layers": True}
+        ),
+        "halves": oracle.Save(
+            model, oracle.Grid(tp=2), tmp_path / "halves", "torch_dist", ids, 1, {"singleton_local_shards": True}
+        ),
+    }  # fmt: skip
+    logits = dict(zip(saves, oracle.run(list(saves.values())), strict=True))
+    found = {}
+    for name in saves:
+        report = merge_checkpoint(tmp_path / name, tmp_path / f"{name}-hf", to="qwen2", vocab_size=131, device="cpu")
+        assert report.logits is not None and report.logits["kind"] == "equal to rounding"
+        found[name] = checkpoints.tensors(tmp_path / f"{name}-hf")
+    for name in ("dist", "layers"):
+        assert found[name].keys() == found["torch"].keys()
+        for key, tensor in found["torch"].items():
+            assert torch.equal(found[name][key], tensor), (name, key)
+    import transformers
+
+    for name, wanted in logits.items():
+        hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-hf", attn_implementation="eager")
+        with torch.no_grad():
+            given = hf(torch.from_numpy(ids)).logits.numpy()
+        assert relative(wanted, given) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize(("fmt", "to"), [("torch", "torch_dist"), ("torch_dist", "torch"), ("torch", "torch")])
+def test_reshard_from_either_format_to_either(fmt: str, to: str, tmp_path: Path) -> None:
+    source = tiny.make("qwen3", tmp_path / "source", tokenizer=True)
+    split_checkpoint(source, tmp_path / "one", grids.Grid(tp=2, pp=3), fmt=fmt, verify="weights")
+    reshard_checkpoint(tmp_path / "one", tmp_path / "two", grids.Grid(tp=1, pp=2, first=1), fmt=to, device="cpu")
+    report = merge_checkpoint(tmp_path / "two", tmp_path / "merged", device="cpu")
+    assert report.target_architecture == "qwen3"
+    before, after = checkpoints.tensors(source), checkpoints.tensors(tmp_path / "merged")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()

@@ -19,7 +19,7 @@ from llmconvert.checkpoint.megatron import MegatronCheckpoint, open_megatron
 from llmconvert.converters.companions import companions
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid, chunks
-from llmconvert.converters.megatron.shards import OUTPUT, Cut, Joined, find_norms, join, split
+from llmconvert.converters.megatron.shards import OUTPUT, Cut, Joined, assembled, find_norms, join, split, where
 from llmconvert.converters.megatron.split import HF_FOLDER
 from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import unlowered
@@ -32,7 +32,7 @@ from llmconvert.spec.dialect import emit, keys_read, lift, read_config, write_co
 from llmconvert.spec.keys import carried
 from llmconvert.spec.language import Spec
 from llmconvert.spec.registry import Registry, registry
-from llmconvert.tensors.expressions import Expression, cast, rows, stored
+from llmconvert.tensors.expressions import Expression, cast, rows
 from llmconvert.verify.ledger import Ledger, account
 from llmconvert.verify.roundtrip import BITWISE, Pair, failing
 
@@ -61,13 +61,18 @@ class Opened:
     def dropped(self) -> dict[str, str]:
         """Stored tensors that are copies of others, and why they are left out."""
         named = self.checkpoint.tensors
-        return {named[place][name].name: why for (place, name), why in self.joined.copies.items()}
+        copies = self.joined.copies.items()
+        return {tile.stored.name: why for (place, name), why in copies for tile in named[place][name]}
 
     @property
     def rows_used(self) -> dict[str, int]:
         """Stored tensors that end in padding, with the rows that do not."""
         named = self.checkpoint.tensors
-        return {named[place][name].name: count for (place, name), count in self.joined.rows_used.items()}
+        return {
+            tile.stored.name: min(max(count - tile.row, 0), tile.stored.shape[0])
+            for (place, name), count in self.joined.rows_used.items()
+            for tile in named[place][name]
+        }
 
 
 def open_model(
@@ -97,11 +102,12 @@ def open_model(
         vocab_size = vocab_size or args.get("vocab_size")
     model = arguments.from_arguments(args, vocab_size)
     try:
-        grid = arguments.grid_of(args, checkpoint.tp, checkpoint.pp, checkpoint.vpp)
+        ranks = checkpoint.tp, checkpoint.pp, checkpoint.vpp
+        grid = Grid() if checkpoint.format == "torch_dist" else arguments.grid_of(args, *ranks)
         layers = chunks(model.num_hidden_layers, grid)
     except Usage as error:
         raise BadInput(f"args contradict each other: {error.what}", where=str(checkpoint.release)) from None
-    shards = {place: {name: stored(t) for name, t in named.items()} for place, named in checkpoint.tensors.items()}
+    shards = assembled(checkpoint)
     implementation, norms = find_norms(shards)
     padded = args.get("padded_vocab_size") or _padded(shards, checkpoint.tp)
     if padded < model.vocab_size or padded % checkpoint.tp:
@@ -208,10 +214,12 @@ def plan_merge(
     if (path / HF_FOLDER).is_dir():
         extra = companions(Checkpoint(path / HF_FOLDER, opened.origin[1] if opened.origin else {}, {}))
         copies, texts = dict(extra.copies), {**texts, **extra.texts}
+    old = opened.checkpoint
     summary = {
         "source": {
-            "path": path.resolve().name, "megatron": {"tp": opened.cut.tp, "pp": opened.checkpoint.pp,
-            "vpp": opened.checkpoint.vpp}, "transformer_impl": opened.transformer_impl, "args": opened.checkpoint.args,
+            "path": path.resolve().name,
+            "megatron": {"tp": old.tp, "pp": old.pp, "vpp": old.vpp, "format": old.format},
+            "transformer_impl": opened.transformer_impl, "args": old.args,
         },
         "target": {"spec": target.name},
         "dtype": dtype,
@@ -274,9 +282,9 @@ def shard_pairs(opened: Opened, tensors: Mapping[str, Expression]) -> list[Pair]
     """
     again = split(tensors, opened.config, opened.cut)
     pairs = []
-    for place, named in opened.checkpoint.tensors.items():
-        for name, tensor in named.items():
-            returned, source = again[place][name], stored(tensor)
+    for place, named in assembled(opened.checkpoint).items():
+        for name, source in named.items():
+            returned = again[place][name]
             count = opened.joined.rows_used.get((place, name))
             if count is not None:
                 source, returned = rows(source, 0, count), rows(returned, 0, count)
@@ -285,7 +293,7 @@ def shard_pairs(opened: Opened, tensors: Mapping[str, Expression]) -> list[Pair]
             if returned.dtype != source.dtype:
                 source = cast(source, returned.dtype)
             if source.rows:
-                pairs.append(Pair(tensor.name, source, returned, BITWISE))
+                pairs.append(Pair(f"{name} of {where(place)}", source, returned, BITWISE))
     return pairs
 
 
@@ -334,15 +342,20 @@ def merge_checkpoint(
     )  # fmt: skip
 
 
+def shape_of(opened: Opened) -> str:
+    """What a Megatron checkpoint is, in a phrase."""
+    c = opened.checkpoint
+    ranks = f"TP {c.tp}, PP {c.pp}, " + (f"VPP {c.vpp}, " if c.vpp > 1 else "") if c.format == "torch" else ""
+    return f"Megatron ({ranks}{c.format}, {opened.transformer_impl} names)"
+
+
 def _report(conversion: MergeConversion, destination: str) -> Report:
     plan, opened = conversion.plan, conversion.opened
     dtypes = Counter(TO_NAME[output.expression.dtype] for output in plan.tensors)
-    shape = f"TP {opened.cut.tp}, PP {opened.checkpoint.pp}"
-    shape += f", VPP {opened.checkpoint.vpp}" if opened.checkpoint.vpp > 1 else ""
     return Report(
         source=str(opened.checkpoint.path),
         destination=destination,
-        source_architecture=f"Megatron ({shape}, torch, {opened.transformer_impl} names)",
+        source_architecture=shape_of(opened),
         target_architecture=conversion.target.name,
         tensors_read=len(opened.checkpoint.stored),
         tensors_written=len(plan.tensors),

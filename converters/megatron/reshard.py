@@ -13,16 +13,16 @@ from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.checkpoint.megatron import LATEST, open_megatron
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid, chunks, padded_vocabulary
-from llmconvert.converters.megatron.merge import Opened, open_model, shard_pairs
-from llmconvert.converters.megatron.shards import NORMS, Cut, check_cut, join, split
-from llmconvert.converters.megatron.split import ARGS_SCRIPT, HF_FOLDER, lay_out_ranks
+from llmconvert.converters.megatron.layout import lay_out, written_cut
+from llmconvert.converters.megatron.merge import Opened, open_model, shape_of, shard_pairs
+from llmconvert.converters.megatron.shards import NORMS, Cut, assembled, check_cut, join, split
+from llmconvert.converters.megatron.split import ARGS_SCRIPT, HF_FOLDER
 from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
 from llmconvert.converters.running import Progress, Report, run
 from llmconvert.engine import manifest
 from llmconvert.engine.plan import Plan
 from llmconvert.engine.publish import check_destination
 from llmconvert.errors import Usage
-from llmconvert.tensors.expressions import stored
 from llmconvert.verify.ledger import Ledger, account
 from llmconvert.verify.roundtrip import Pair
 
@@ -34,24 +34,26 @@ _GRID_ARGUMENTS = (
 )  # fmt: skip
 
 
-def _plan(opened: Opened, grid: Grid, implementation: str, divisible_by: int) -> tuple[Plan, Ledger, Cut]:
+def _plan(opened: Opened, grid: Grid, fmt: str, implementation: str, divisible_by: int) -> tuple[Plan, Ledger, Cut]:
     config, source = opened.config, opened.checkpoint
     check_cut(config, grid.tp)
     padded = padded_vocabulary(config.vocab_size, grid.tp, divisible_by)
-    cut = Cut(chunks(config.num_hidden_layers, grid), grid.tp, padded, NORMS[implementation])
+    layers = config.num_hidden_layers
+    cut = written_cut(layers, Cut(chunks(layers, grid), grid.tp, padded, NORMS[implementation]), fmt)
     shards = split(opened.joined.tensors, config, cut)
     main = TO_NAME[Counter(e.dtype for e in opened.joined.tensors.values()).most_common(1)[0][0]]
     described = arguments.to_arguments(config, grid, padded, divisible_by, main)
     own = {key: value for key, value in source.args.items() if value is not None}
     args = {**described, **own, **{key: described[key] for key in _GRID_ARGUMENTS}, "transformer_impl": implementation}
-    outputs, files = lay_out_ranks(shards, args, grid)
+    args["ckpt_format"] = fmt
+    outputs, files, texts = lay_out(shards, args, grid, fmt)
     folder = source.path / HF_FOLDER
     copies = {f"{HF_FOLDER}/{p.relative_to(folder)}": p for p in sorted(folder.rglob("*")) if p.is_file()}
-    texts = {LATEST: b"release", ARGS_SCRIPT: arguments.script({**described, **args}, "DIR").encode()}
+    texts |= {LATEST: b"release", ARGS_SCRIPT: arguments.script({**described, **args}, "DIR").encode()}
     recorded = (manifest.read(source.path) or {}).get("source")
     summary: dict[str, Any] = {
         "source": recorded or {"path": source.path.resolve().name, "args": source.args},
-        "target": {"megatron": asdict(grid), "format": "torch", "transformer_impl": implementation},
+        "target": {"megatron": asdict(grid), "format": fmt, "transformer_impl": implementation},
         "steps": [], "dropped": opened.dropped,
     }  # fmt: skip
     everything = source.stored
@@ -62,9 +64,7 @@ def _plan(opened: Opened, grid: Grid, implementation: str, divisible_by: int) ->
 
 
 def _pairs(opened: Opened, cut: Cut, written: Path) -> list[Pair]:
-    output = open_megatron(written)
-    shards = {place: {n: stored(t) for n, t in named.items()} for place, named in output.tensors.items()}
-    return shard_pairs(opened, join(shards, opened.config, cut).tensors)
+    return shard_pairs(opened, join(assembled(open_megatron(written)), opened.config, cut).tensors)
 
 
 def reshard_checkpoint(
@@ -72,6 +72,7 @@ def reshard_checkpoint(
     destination: Path,
     grid: Grid,
     *,
+    fmt: str = "torch",
     transformer_impl: str | None = None,
     divisible_by: int = 128,
     iteration: int | None = None,
@@ -88,7 +89,7 @@ def reshard_checkpoint(
     sync: bool = True,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
-    """Write a Megatron checkpoint's model on another grid, in the `torch` format; see `split_checkpoint`, `open_model`.
+    """Write a Megatron checkpoint's model on another grid, in either format; see `split_checkpoint`, `open_model`.
 
     Optimizer state is left out.
 
@@ -104,15 +105,17 @@ def reshard_checkpoint(
     implementation = transformer_impl or opened.transformer_impl
     if implementation not in NORMS:
         raise Usage(f"`{implementation}` is not a transformer implementation", hint=f"choose {' or '.join(NORMS)}")
-    plan, ledger, cut = _plan(opened, grid, implementation, divisible_by)
+    plan, ledger, cut = _plan(opened, grid, fmt, implementation, divisible_by)
     old, notes = opened.checkpoint, tuple[str, ...]()
     if old.left_out:
         notes += (f"{old.left_out / 1e9:.2f} GB of optimizer and random state are left out",)
     report = Report(
         source=str(source),
         destination=str(destination),
-        source_architecture=f"Megatron (TP {old.tp}, PP {old.pp}, VPP {old.vpp}, torch, {opened.transformer_impl} names)",
-        target_architecture=f"Megatron (TP {grid.tp}, PP {grid.pp}, VPP {grid.vpp}, torch, {implementation} names)",
+        source_architecture=shape_of(opened),
+        target_architecture=f"Megatron (TP {grid.tp}, PP {grid.pp}, VPP {grid.vpp}, torch, {implementation} names)"
+        if fmt == "torch"
+        else "Megatron (torch_dist, loads on any grid)",
         tensors_read=len(old.stored),
         tensors_written=len(plan.tensors),
         bytes_written=plan.nbytes,

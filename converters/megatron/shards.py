@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from llmconvert.canonical import model as canonical
 from llmconvert.canonical.model import CanonicalConfig
-from llmconvert.checkpoint.megatron import Place
+from llmconvert.checkpoint.megatron import MegatronCheckpoint, Place
 from llmconvert.converters.megatron.grid import Chunk
 from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.tensors.expressions import (
@@ -27,6 +27,7 @@ from llmconvert.tensors.expressions import (
     interleave,
     rows,
 )
+from llmconvert.tensors.tiles import assemble
 
 TRANSFORMER_ENGINE, LOCAL = "transformer_engine", "local"
 EMBEDDING, OUTPUT, FINAL_NORM = (
@@ -63,6 +64,14 @@ class Cut:
     def places(self) -> list[Place]:
         """Every chunk of every rank."""
         return [Place(c.pp_rank, c.vpp_chunk, t) for c in self.chunks for t in range(self.tp)]
+
+
+def assembled(checkpoint: MegatronCheckpoint) -> Shards:
+    """A checkpoint's tensors as expressions."""
+    return {
+        place: {name: assemble(name, tiles) for name, tiles in named.items()}
+        for place, named in checkpoint.tensors.items()
+    }
 
 
 def check_cut(config: CanonicalConfig, tp: int) -> None:
@@ -200,7 +209,7 @@ class _Join:
                     tensors[f"{canonical.HEAD}.weight"] = self._vocabulary(chunk, OUTPUT)
                 elif len(self.cut.chunks) > 1:
                     self._tied(chunk, tensors[f"{canonical.EMBED}.weight"])
-        surplus = [f"`{name}` of {_where(place)}" for place, named in self.left.items() for name in named]
+        surplus = [f"`{name}` of {where(place)}" for place, named in self.left.items() for name in named]
         faults = [f"{len(faults)} {what}: {'; '.join(faults[:4])}" for what, faults in (
             ("missing", self.missing), ("misshapen", self.misshapen), ("unknown", surplus)) if faults]  # fmt: skip
         if faults:
@@ -211,10 +220,10 @@ class _Join:
     def _take(self, place: Place, name: str, shape: tuple[int, ...]) -> Expression:
         found = self.left.get(place, {}).pop(name, None)
         if found is None:
-            self.missing.append(f"`{name}` of {_where(place)}")
+            self.missing.append(f"`{name}` of {where(place)}")
             return fill(shape, "F32")
         if found.shape != shape:
-            self.misshapen.append(f"`{name}` of {_where(place)} is {list(found.shape)}, expected {list(shape)}")
+            self.misshapen.append(f"`{name}` of {where(place)} is {list(found.shape)}, expected {list(shape)}")
             return fill(shape, found.dtype)
         return found
 
@@ -232,7 +241,7 @@ class _Join:
         for t, other in enumerate(others, 1):
             place = Place(chunk.pp_rank, chunk.vpp_chunk, t)
             self.copies[place, name] = "a copy of tensor rank 0's"
-            why = f"it should be a copy of tensor rank 0's, and differs ({_where(place)})"
+            why = f"it should be a copy of tensor rank 0's, and differs ({where(place)})"
             self.checks.append(Check(name, other, first, why))
         return first
 
@@ -290,7 +299,8 @@ class _Join:
                 put(module, self._same(chunk, f"{prefix}{name}.bias", (c.hidden_size,)), "bias")
 
 
-def _where(place: Place) -> str:
+def where(place: Place) -> str:
+    """A place in words."""
     return f"pipeline rank {place.pp_rank}, chunk {place.vpp_chunk}, tensor rank {place.tp_rank}"
 
 

@@ -17,23 +17,23 @@ from llmconvert.canonical.model import CanonicalConfig, CanonicalModel
 from llmconvert.canonical.step import Step
 from llmconvert.checkpoint.directory import Checkpoint, open_checkpoint
 from llmconvert.checkpoint.dtypes import FROM_NAME, TO_NAME
-from llmconvert.checkpoint.megatron import LATEST, RANK_FILE, Place, open_megatron
-from llmconvert.checkpoint.torch_zip import Slot, lay_out_torch
+from llmconvert.checkpoint.megatron import LATEST, open_megatron
 from llmconvert.converters.companions import companions
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid, chunks, padded_vocabulary
-from llmconvert.converters.megatron.shards import EXTRA_STATES, NORMS, Cut, Shards, check_cut, join, split
+from llmconvert.converters.megatron.layout import lay_out, written_cut
+from llmconvert.converters.megatron.shards import NORMS, Cut, assembled, check_cut, join, split
 from llmconvert.converters.planning import elsewhere
 from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import canonical_pairs, unlowered
 from llmconvert.converters.running import Progress, Report, run
-from llmconvert.engine.plan import OutputTensor, Plan, WeightFile
+from llmconvert.engine.plan import Plan, WeightFile
 from llmconvert.engine.publish import check_destination
 from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.spec.dialect import Lifted, lift, read_config, refuse_quantised
 from llmconvert.spec.language import Spec
 from llmconvert.spec.registry import registry
-from llmconvert.tensors.expressions import Expression, cast, stored
+from llmconvert.tensors.expressions import cast
 from llmconvert.verify.ledger import Ledger, account
 from llmconvert.verify.roundtrip import ONE_WAY, Pair, failing
 
@@ -69,11 +69,6 @@ class SplitConversion:
     notes: tuple[str, ...]
 
 
-def rank_folder(place: Place, pp: int) -> str:
-    """A rank's folder."""
-    return f"mp_rank_{place.tp_rank:02d}" + (f"_{place.pp_rank:03d}" if pp > 1 else "")
-
-
 def lower_to_megatron(
     lifted: CanonicalModel, checkpoint: Checkpoint
 ) -> tuple[CanonicalModel, list[tuple[Step, CanonicalConfig]]]:
@@ -94,6 +89,7 @@ def plan_split(
     source: str | os.PathLike[str],
     grid: Grid,
     *,
+    fmt: str = "torch",
     transformer_impl: str = "transformer_engine",
     divisible_by: int = 128,
     dtype: str | None = None,
@@ -104,6 +100,7 @@ def plan_split(
     Args:
         source: a Hugging Face checkpoint directory or a hub id.
         grid: how to cut.
+        fmt: torch or torch_dist.
         transformer_impl: transformer_engine or local: how norms are named.
         divisible_by: make_vocab_size_divisible_by.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
@@ -129,15 +126,16 @@ def plan_split(
         model = replace(model, tensors={name: cast(e, FROM_NAME[dtype]) for name, e in model.tensors.items()})
     check_cut(model.config, grid.tp)
     padded = padded_vocabulary(model.config.vocab_size, grid.tp, divisible_by)
-    cut = Cut(chunks(model.config.num_hidden_layers, grid), grid.tp, padded, NORMS[transformer_impl])
+    layers = model.config.num_hidden_layers
+    cut = written_cut(layers, Cut(chunks(layers, grid), grid.tp, padded, NORMS[transformer_impl]), fmt)
     shards = split(model.tensors, model.config, cut)
     main = Counter(e.dtype for e in model.tensors.values()).most_common(1)[0][0]
     args = arguments.to_arguments(model.config, grid, padded, divisible_by, TO_NAME[main])
-    args["transformer_impl"] = transformer_impl
-    outputs, files = lay_out_ranks(shards, args, grid)
+    args |= {"transformer_impl": transformer_impl, "ckpt_format": fmt}
+    outputs, files, own = lay_out(shards, args, grid, fmt)
     extra = companions(checkpoint)
     texts = {f"{HF_FOLDER}/{name}": text for name, text in extra.texts.items()}
-    texts |= {
+    texts |= own | {
         LATEST: b"release",
         ARGS_SCRIPT: arguments.script(args, "DIR").encode(),
         f"{HF_FOLDER}/config.json": (json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n").encode(),
@@ -148,7 +146,7 @@ def plan_split(
             "spec_sha256": hashlib.sha256(known.files[spec.name].read_bytes()).hexdigest(),
             "architectures": checkpoint.config.get("architectures"), "config": checkpoint.config,
         },
-        "target": {"megatron": asdict(grid), "format": "torch", "transformer_impl": transformer_impl},
+        "target": {"megatron": asdict(grid), "format": fmt, "transformer_impl": transformer_impl},
         "dtype": dtype,
         "steps": [{"name": step.name, "exactness": step.exactness, "why": step.why} for step, _ in steps],
         "dropped": lifted.dropped,
@@ -172,42 +170,10 @@ def _identity(checkpoint: Checkpoint, files: tuple[WeightFile, ...], summary: Ma
     return json.dumps(value, sort_keys=True, default=str) + "\n"
 
 
-def lay_out_ranks(
-    shards: Shards, args: Mapping[str, Any], grid: Grid
-) -> tuple[tuple[OutputTensor, ...], tuple[WeightFile, ...]]:
-    """A rank file for every rank, as Megatron-LM saves it."""
-    from argparse import Namespace
-
-    outputs: list[OutputTensor] = []
-    files: list[WeightFile] = []
-    for p in range(grid.pp):
-        for t in range(grid.tp):
-            folder = rank_folder(Place(p, 0, t), grid.pp)
-            file = f"release/{folder}/{RANK_FILE}"
-            value: dict[str, Any] = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 1}
-            named: list[tuple[str, Expression]] = []
-            for v in range(grid.vpp):
-                shard = shards[Place(p, v, t)]
-                state: dict[str, Any] = {}
-                for name, expression in shard.items():
-                    state[name] = Slot(expression.dtype, expression.shape)
-                    named.append((f"{folder}/{v}/{name}", expression))
-                    module = name.rpartition(".")[0]
-                    if f"{module.partition('layers.')[2].partition('.')[2]}._extra_state" in EXTRA_STATES:
-                        state[f"{module}._extra_state"] = None
-                value["model" if grid.vpp == 1 else f"model{v}"] = state
-            laid = lay_out_torch(value)
-            outputs += [OutputTensor(n, file, at, e) for (n, e), at in zip(named, laid.offsets, strict=True)]
-            crcs = {n: places for (n, _), places in zip(named, laid.crc_places, strict=True)}
-            files.append(WeightFile(file, laid.size, laid.pieces, crcs))
-    return tuple(outputs), tuple(files)
-
-
 def _pairs(conversion: SplitConversion, written: Path) -> list[Pair]:
     """Each source tensor, and the same put together from the ranks written."""
     opened = open_megatron(written)
-    shards = {place: {n: stored(t) for n, t in named.items()} for place, named in opened.tensors.items()}
-    joined = join(shards, conversion.model.config, conversion.cut)
+    joined = join(assembled(opened), conversion.model.config, conversion.cut)
     faults = failing(joined.checks)
     if faults:
         raise BadInput("; ".join(faults[:3]), where=str(written))
@@ -223,6 +189,7 @@ def split_checkpoint(
     destination: str | os.PathLike[str],
     grid: Grid,
     *,
+    fmt: str = "torch",
     transformer_impl: str = "transformer_engine",
     divisible_by: int = 128,
     dtype: str | None = None,
@@ -237,7 +204,7 @@ def split_checkpoint(
     sync: bool = True,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
-    """Write a Hugging Face checkpoint as Megatron's `torch` format, cut over tensor and pipeline ranks; see `convert`.
+    """Write a Hugging Face checkpoint as a Megatron one, cut over tensor and pipeline ranks; see `convert`.
 
     Raises:
         LlmconvertError: of the kind that fits; the source is untouched and `destination` is not made.
@@ -248,7 +215,13 @@ def split_checkpoint(
     if Path(source).exists() and not dry_run:
         check_destination(Path(source), target, overwrite=overwrite)
     conversion = plan_split(
-        source, grid, transformer_impl=transformer_impl, divisible_by=divisible_by, dtype=dtype, spec_file=spec_file
+        source,
+        grid,
+        fmt=fmt,
+        transformer_impl=transformer_impl,
+        divisible_by=divisible_by,
+        dtype=dtype,
+        spec_file=spec_file,
     )
     faults = failing(conversion.plan.checks)
     if faults:
@@ -270,11 +243,15 @@ def _report(conversion: SplitConversion, destination: str) -> Report:
     dtypes = Counter(TO_NAME[output.expression.dtype] for output in plan.tensors)
     grid = plan.summary["target"]["megatron"]
     shape = f"TP {grid['tp']}, PP {grid['pp']}" + (f", VPP {grid['vpp']}" if grid["vpp"] > 1 else "")
+    target = plan.summary["target"]
+    names = (
+        f"torch, {target['transformer_impl']} names" if target["format"] == "torch" else "torch_dist, loads on any grid"
+    )
     return Report(
         source=str(conversion.checkpoint.path),
         destination=destination,
         source_architecture=conversion.spec.name,
-        target_architecture=f"Megatron ({shape}, torch, {plan.summary['target']['transformer_impl']} names)",
+        target_architecture=f"Megatron ({shape}, {names})",
         tensors_read=len(conversion.checkpoint.tensors),
         tensors_written=len(plan.tensors),
         bytes_written=plan.nbytes,

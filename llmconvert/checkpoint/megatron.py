@@ -1,8 +1,9 @@
-"""Megatron checkpoints in the `torch` format: which rank files there are, their arguments, their tensors by place.
+"""Megatron checkpoints: which rank files there are, their arguments, their tensors by place.
 
 Layout (Megatron-LM, `megatron/training/checkpointing.py`): `latest_checkpointed_iteration.txt` names `iter_NNNNNNN/` or
-`release/`; in it `mp_rank_TT[_PPP]/model_optim_rng.pt` holds `args`, `checkpoint_version`, `iteration` and `model`, or
-`model0`, `model1`, … with virtual pipeline stages.
+`release/`. In the `torch` format `mp_rank_TT[_PPP]/model_optim_rng.pt` in it holds `args`, `checkpoint_version`,
+`iteration` and `model`, or `model0`, `model1`, … with virtual pipeline stages. The `torch_dist` format knows no ranks; it
+is opened as the one rank that would hold everything.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmconvert.checkpoint.directory import listing
 from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.checkpoint.torch_dist import METADATA, open_torch_dist
 from llmconvert.checkpoint.torch_pickle import Inert, read_object
 from llmconvert.errors import BadInput, Refused
 
@@ -38,6 +40,20 @@ class Place:
     tp_rank: int
 
 
+class Tile(NamedTuple):
+    """A stored piece of a vector or matrix.
+
+    Attributes:
+        row: where it begins in the whole.
+        column: likewise; 0 for a vector.
+        stored: its bytes. Its name is unique in the checkpoint.
+    """
+
+    row: int
+    column: int
+    stored: StoredTensor
+
+
 @dataclass(frozen=True)
 class MegatronCheckpoint:
     """A Megatron checkpoint opened by its pickles' contents; tensors are not read.
@@ -47,8 +63,11 @@ class MegatronCheckpoint:
         release: the directory that holds the ranks.
         args: the arguments it was trained or written with, as a mapping of plain values.
         iteration: of the training run, or what is written in place of one.
-        tp, pp, vpp: numbers of tensor ranks, pipeline ranks and virtual chunks a rank.
-        tensors: for each place its tensors by name; a tensor's own name is its place and name, and is unique.
+        format: torch or torch_dist.
+        tp, pp, vpp: numbers of tensor ranks, pipeline ranks and virtual chunks a rank; 1 each for torch_dist.
+        tensors: for each place its tensors by name, in the tiles they are stored in (one, in the `torch` format).
+        items: what was written as one tensor, by name; stacked layers are one, with the axis of layers folded into
+            the rows.
         left_out: bytes of optimizer and random state that are there and are not the model's.
     """
 
@@ -56,16 +75,19 @@ class MegatronCheckpoint:
     release: Path
     args: dict[str, Any]
     iteration: int | str
+    format: str
     tp: int
     pp: int
     vpp: int
-    tensors: dict[Place, dict[str, StoredTensor]]
+    tensors: dict[Place, dict[str, tuple[Tile, ...]]]
+    items: dict[str, StoredTensor]
     left_out: int
 
     @property
     def stored(self) -> dict[str, StoredTensor]:
-        """Every tensor by its unique name."""
-        return {tensor.name: tensor for chunk in self.tensors.values() for tensor in chunk.values()}
+        """Every tile by its unique name."""
+        everything = (tiles for chunk in self.tensors.values() for tiles in chunk.values())
+        return {tile.stored.name: tile.stored for tiles in everything for tile in tiles}
 
 
 def is_megatron(directory: Path) -> bool:
@@ -98,7 +120,7 @@ def release_folder(directory: Path, iteration: int | None = None) -> Path:
 
 
 def open_megatron(directory: Path, *, iteration: int | None = None, trust_pickle: bool = False) -> MegatronCheckpoint:
-    """Open a checkpoint in the `torch` format.
+    """Open a checkpoint, in either format.
 
     Args:
         directory: that of the tracker file, or of the ranks.
@@ -119,16 +141,16 @@ def open_megatron(directory: Path, *, iteration: int | None = None, trust_pickle
         if match[3] is not None:
             raise Refused("expert-parallel ranks are not read", where=str(entry))
         ranks[int(match[1]), int(match[2] or 0)] = entry / RANK_FILE
+    if (release / METADATA).is_file():
+        return _open_dist(directory, release, trust_pickle)
     if not ranks:
-        if (release / ".metadata").is_file():
-            raise Refused("this is a `torch_dist` checkpoint, which is not read yet", where=str(release))
         raise BadInput("there are no `mp_rank_…` folders", where=str(release))
     tp, pp = max(rank for rank, _ in ranks) + 1, max(rank for _, rank in ranks) + 1
     absent = [f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "") for p in range(pp) for t in range(tp)
               if (t, p) not in ranks or not ranks[t, p].is_file()]  # fmt: skip
     if absent:
         raise BadInput(f"{len(absent)} of {tp * pp} ranks are missing: {listing(absent)}", where=str(release))
-    tensors: dict[Place, dict[str, StoredTensor]] = {}
+    tensors: dict[Place, dict[str, tuple[Tile, ...]]] = {}
     args: dict[str, Any] = {}
     first: Any = None
     left_out, vpp = 0, 1
@@ -155,9 +177,63 @@ def open_megatron(directory: Path, *, iteration: int | None = None, trust_pickle
     for key, found in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
         if args.get(key) not in (None, found):
             raise BadInput(f"args say {key} {args[key]}, there are {found}", where=str(release))
+    items = {tile.stored.name: tile.stored for named in tensors.values() for (tile,) in named.values()}
+    iteration_found = first.get("iteration", "release")
+    return MegatronCheckpoint(directory, release, args, iteration_found, "torch", tp, pp, vpp, tensors, items, left_out)
+
+
+_STACKED = "decoder.layers."
+
+
+def _open_dist(directory: Path, release: Path, trust_pickle: bool) -> MegatronCheckpoint:
+    """A `torch_dist` checkpoint as one rank: layers that are stacked on the first axis are taken apart."""
+    opened = open_torch_dist(release, trust_pickle=trust_pickle)
+    _check_version(opened.common, release)
+    named: dict[str, list[Tile]] = {}
+    items: dict[str, StoredTensor] = {}
+    left_out = opened.left_out
+    for name, tensor in opened.tensors.items():
+        if name.startswith(("optimizer.", "rng_state", "rerun_state")):
+            left_out += sum(chunk.stored.nbytes for chunk in tensor.chunks)
+            continue
+        rest = name.removeprefix(_STACKED)
+        stacked = rest != name and not rest.split(".")[0].isdigit()
+        for chunk in tensor.chunks:
+            stored, offsets = chunk.stored, chunk.offsets
+            if not stacked:
+                items[stored.name] = stored
+                named.setdefault(name, []).append(_tile(offsets, stored))
+                continue
+            inner = stored.shape[1:]
+            items[stored.name] = stored._replace(shape=(stored.shape[0] * inner[0], *inner[1:]))
+            each = stored.nbytes // max(1, stored.shape[0])
+            for k in range(stored.shape[0]):
+                layer = f"{_STACKED}{offsets[0] + k}.{rest}"
+                part = stored._replace(name=f"{stored.name}/{k}", offset=stored.offset + k * each, shape=inner)
+                named.setdefault(layer, []).append(_tile(offsets[1:], part))
+    tensors = {name: tuple(tiles) for name, tiles in _joined_halves(named).items()}
+    iteration = opened.common.get("iteration", "release")
+    args = _plain(opened.common.get("args"), release)
     return MegatronCheckpoint(
-        directory, release, args, first.get("iteration", "release"), tp, pp, vpp, tensors, left_out
+        directory, release, args, iteration, "torch_dist", 1, 1, 1, {Place(0, 0, 0): tensors}, items, left_out
     )
+
+
+def _tile(offsets: tuple[int, ...], stored: StoredTensor) -> Tile:
+    return Tile(offsets[0], offsets[1] if len(offsets) > 1 else 0, stored)
+
+
+def _joined_halves(named: dict[str, list[Tile]]) -> dict[str, list[Tile]]:
+    """Gate and up stored apart (`weight_w`, `weight_v`, with singleton_local_shards) as the one tensor they are."""
+    result = {}
+    for name, tiles in named.items():
+        stem, _, half = name.rpartition("_")
+        if half == "w" and f"{stem}_v" in named:
+            height = max(tile.row + tile.stored.shape[0] for tile in tiles)
+            result[stem] = tiles + [tile._replace(row=tile.row + height) for tile in named[f"{stem}_v"]]
+        elif not (half == "v" and f"{stem}_w" in named):
+            result[name] = tiles
+    return result
 
 
 def _check_version(value: Mapping[str, Any], path: Path) -> None:
@@ -179,18 +255,18 @@ def _plain(args: Any, path: Path) -> dict[str, Any]:
     return {key: value for key, value in state.items() if isinstance(value, bool | int | float | str | list | None)}
 
 
-def _named(model: Any, place: Place, path: Path) -> dict[str, StoredTensor]:
+def _named(model: Any, place: Place, path: Path) -> dict[str, tuple[Tile, ...]]:
     if not isinstance(model, dict):
         raise BadInput("`model` is not a state dict", where=str(path))
     if "language_model" in model:
         raise Refused(
             "this is the layout of Megatron-LM before megatron-core, or of Megatron-DeepSpeed", where=str(path)
         )
-    found = {}
+    found: dict[str, tuple[Tile, ...]] = {}
     for name, value in model.items():
         if isinstance(value, StoredTensor) and not name.endswith("_extra_state"):
             unique = f"{path.parent.name}/{place.vpp_chunk}/{name}"
-            found[name] = value._replace(name=unique)
+            found[name] = (Tile(0, 0, value._replace(name=unique)),)
         elif not name.endswith("_extra_state"):
             raise BadInput(f"`{name}` is not a tensor", where=str(path))
     return found

@@ -7,12 +7,13 @@ nothing in the file can call anything else; the zip directory then says where ea
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,7 +172,59 @@ def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     return True
 
 
-def read_object(path: Path, *, inert: str = "nothing", hint: str = _SAFE) -> Any:
+class _Window(io.RawIOBase):
+    """Part of a file, as a file."""
+
+    def __init__(self, path: Path, start: int, length: int) -> None:
+        super().__init__()
+        self._file, self._start, self._length, self._at = path.open("rb"), start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._length)[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        self._file.seek(self._start + self._at)
+        data = self._file.read(left if size < 0 else min(size, left))
+        self._at += len(data)
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def read_inert(data: bytes, harmless: Callable[[str, str], bool]) -> Any:
+    """Unpickle bytes with every name a stand-in of ours.
+
+    Args:
+        data: the pickle.
+        harmless: whether a name (module, name) becomes `Inert`; another is refused.
+
+    Raises:
+        pickle.UnpicklingError: it is no pickle, or asks for another name.
+    """
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            if not harmless(module, name):
+                raise pickle.UnpicklingError(f"it asks for `{module}.{name}`, which was not run")
+            return type("Inert", (Inert,), {"name": f"{module}.{name}"})
+
+    return Reader(io.BytesIO(data)).load()
+
+
+def read_object(path: Path, *, inert: str = "nothing", hint: str = _SAFE, window: tuple[int, int] | None = None) -> Any:
     """Read what `torch.save` wrote, tensors by where they lie; no code of the file's choosing is run.
 
     Args:
@@ -179,6 +232,7 @@ def read_object(path: Path, *, inert: str = "nothing", hint: str = _SAFE) -> Any
         inert: which names beside tensors' become `Inert` stand-ins: nothing, harmless (those of training checkpoints)
             or anything.
         hint: what to do about a name that is refused.
+        window: offset and length of the part of the file that `torch.save` wrote; all of it if None.
 
     Returns:
         The object, with a `StoredTensor` (its `name` is empty) for each tensor.
@@ -187,9 +241,12 @@ def read_object(path: Path, *, inert: str = "nothing", hint: str = _SAFE) -> Any
         BadInput: the file is truncated or not a torch zip.
         Refused: the pickle asks for another name, or a tensor is not stored contiguously.
     """
-    where = str(path)
+    where, base = str(path), window[0] if window else 0
     try:
-        with zipfile.ZipFile(path) as archive:
+        with (
+            _Window(path, *window) if window else path.open("rb") as opened,
+            zipfile.ZipFile(opened) as archive,
+        ):
             records = {info.filename: info for info in archive.infolist()}
             pickles = [name for name in records if name.endswith("/data.pkl") or name == "data.pkl"]
             if len(pickles) != 1:
@@ -209,7 +266,7 @@ def read_object(path: Path, *, inert: str = "nothing", hint: str = _SAFE) -> Any
                             f"record `{name}` is compressed", where=where, hint="save it again with torch.save"
                         )
                     key = name[len(root) + 5 :]
-                    offsets[key], sizes[key] = _data_offset(archive, info), info.file_size
+                    offsets[key], sizes[key] = base + _data_offset(archive, info), info.file_size
     except _Forbidden as error:
         raise Refused(
             f"the pickle asks for `{error}`, which is not needed to hold weights and could run code; it was not run",

@@ -63,11 +63,28 @@ class Laid:
     crc_places: tuple[tuple[int, int], ...]
 
 
-class _Global:
+class Global:
     """A name to be pickled as it is, of a module that need not be there."""
 
     def __init__(self, module: str, name: str) -> None:
+        """The name `name` of `module`."""
         self.module, self.name = module, name
+
+
+@dataclass(frozen=True, eq=False)
+class Called:
+    """To be pickled as the result of a call."""
+
+    function: Global
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Instance:
+    """To be pickled as an object of a class, with its state: a dictionary, or what its `__setstate__` takes."""
+
+    kind: Global
+    state: Any
 
 
 class _Storage:
@@ -75,7 +92,7 @@ class _Storage:
         self.key, self.slot = key, slot
 
 
-_REBUILD, _ORDERED = _Global("torch._utils", "_rebuild_tensor_v2"), _Global("collections", "OrderedDict")
+_REBUILD, _ORDERED = Global("torch._utils", "_rebuild_tensor_v2"), Global("collections", "OrderedDict")
 
 
 # The pickler written in Python, which alone can be taught a name of a module that is not there.
@@ -90,7 +107,7 @@ class _Pickler(_Python):  # type: ignore[misc]
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)
         self.slots: list[Slot] = []
-        self._types = {dtype: _Global("torch", name) for dtype, name in _STORAGES.items()}
+        self._types = {dtype: Global("torch", name) for dtype, name in _STORAGES.items()}
 
     def persistent_id(self, value: Any) -> Any:
         if not isinstance(value, _Storage):
@@ -98,7 +115,21 @@ class _Pickler(_Python):  # type: ignore[misc]
         slot = value.slot
         return "storage", self._types[slot.dtype], str(value.key), "cpu", prod(slot.shape)
 
-    def _save_global(self, value: _Global) -> None:
+    def _save_called(self, value: Called) -> None:
+        self.save(value.function)
+        self.save(value.arguments)
+        self.write(pickle.REDUCE)
+        self.memoize(value)
+
+    def _save_instance(self, value: Instance) -> None:
+        self.save(value.kind)
+        self.write(pickle.EMPTY_TUPLE + pickle.NEWOBJ)
+        self.memoize(value)
+        if value.state is not None:
+            self.save(value.state)
+            self.write(pickle.BUILD)
+
+    def _save_global(self, value: Global) -> None:
         self.write(pickle.GLOBAL + f"{value.module}\n{value.name}\n".encode())
         self.memoize(value)
 
@@ -116,7 +147,9 @@ class _Pickler(_Python):  # type: ignore[misc]
         self.save(_ORDERED)
         self.write(pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.TUPLE + pickle.REDUCE)
 
-    dispatch[_Global] = _save_global
+    dispatch[Global] = _save_global
+    dispatch[Called] = _save_called
+    dispatch[Instance] = _save_instance
     dispatch[Slot] = _save_slot
 
 
@@ -177,6 +210,19 @@ class _Archive:
         shown = min(count, 0xFFFF)
         self._put(struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, shown, shown, min(size, _LIMIT), min(offset, _LIMIT), 0))
         return places
+
+
+def pickled(value: Any) -> bytes:
+    """An object's pickle: plain values, `Global`, `Called`, `Instance`."""
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return buffer.getvalue()
+
+
+def torch_saved(value: Any) -> bytes:
+    """An object without tensors as `torch.save` would save it."""
+    laid = lay_out_torch(value)
+    return b"".join(data for _, data in laid.pieces)
 
 
 def lay_out_torch(value: Any, base: int = 0) -> Laid:

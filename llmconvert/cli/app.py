@@ -328,13 +328,9 @@ def _show(run: Callable[..., Any], json: bool, quiet: bool, dry_run: bool) -> No
     output.result(found.to_dict(), render.report(found, dry_run=dry_run))
 
 
-def _torch_format(value: str) -> str:
-    if value != "torch":
-        raise Usage(f"`--format {value}` is not written", hint="choose torch")
-    return value
-
-
-Format = Annotated[str, typer.Option("--format", callback=_torch_format, help="torch (mp_rank_XX/model_optim_rng.pt)")]
+Format = Annotated[
+    str, typer.Option("--format", help="torch (a file a rank) or torch_dist (global tensors, for any grid)")
+]
 
 
 @app.command()
@@ -375,7 +371,7 @@ def split(
 
     grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout)
     run = partial(
-        split_checkpoint, source, destination, grid, transformer_impl=transformer_impl, divisible_by=divisible_by,
+        split_checkpoint, source, destination, grid, fmt=format, transformer_impl=transformer_impl, divisible_by=divisible_by,
         dtype=dtype, spec_file=spec_file, verify=verify, device=device, load=load, workers=workers,
         overwrite=overwrite, resume=resume, sync=sync,
     )  # fmt: skip
@@ -461,7 +457,7 @@ def reshard(
 
     grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout)
     run = partial(
-        reshard_checkpoint, source, destination, grid, transformer_impl=transformer_impl, divisible_by=divisible_by,
+        reshard_checkpoint, source, destination, grid, fmt=format, transformer_impl=transformer_impl, divisible_by=divisible_by,
         iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle, verify=verify,
         device=device, load=load, workers=workers, overwrite=overwrite, resume=resume, sync=sync,
     )  # fmt: skip

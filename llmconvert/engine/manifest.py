@@ -83,7 +83,11 @@ def check(directory: Path) -> tuple[int, int]:
     manifest = read(directory)
     if manifest is None:
         raise Usage(f"there is no `{MANIFEST}` to check against", where=str(directory))
-    tensors = open_megatron(directory).stored if is_megatron(directory) else open_checkpoint(directory).tensors
+    tensors = (
+        open_megatron(directory, trust_pickle=True).items
+        if is_megatron(directory)
+        else open_checkpoint(directory).tensors
+    )
     expected = manifest.get("tensors")
     if not isinstance(expected, dict):
         raise BadInput(f"`{MANIFEST}` lists no tensors", where=str(directory))

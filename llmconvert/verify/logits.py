@@ -207,6 +207,10 @@ def compare_logits(
     devices, attentions = (first, second), _pair(attention, "attention implementation")
     left, right = Path(left), Path(right)
     (vocab, longest), (other, other_longest) = limits(config_of(left)), limits(config_of(right))
+    # A Megatron checkpoint may know only its padded vocabulary: the other model says what of it is real.
+    vocab, other = vocab or other, other or vocab
+    if not vocab:
+        vocab, other = (int(config_of(path).get("rows") or 0) for path in (left, right))
     if vocab != other:
         raise Usage(f"the vocabularies differ: {vocab} and {other} tokens", where=f"{left}, {right}")
     whole = _whole(load, (left, right), devices)
@@ -261,7 +265,9 @@ class Runs:
     ) -> None:  # fmt: skip
         self.paths, self.devices, self.attentions, self.whole = paths, devices, attentions, whole
         self.probes, self.progress = probes, progress
-        self.vocab_size = min((limits(config_of(path))[0] for path in paths), default=0)
+        configs = [config_of(path) for path in paths]
+        sizes = [limits(config)[0] or int(config.get("rows") or 0) for config in configs]
+        self.vocab_size = min(size for size in sizes if size) if any(sizes) else 0
 
     @classmethod
     def of(cls, paths: tuple[Path, Path], device: str, load: str, probes: list[Probe]) -> Runs:

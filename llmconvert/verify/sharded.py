@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llmconvert.checkpoint.megatron import MegatronCheckpoint, Place, open_megatron
 from llmconvert.errors import BadInput
 from llmconvert.tensors.evaluate import Reader, evaluate, to_torch
-from llmconvert.tensors.expressions import stored
+from llmconvert.tensors.tiles import assemble
 from llmconvert.verify.float64 import float64_throughout
 from llmconvert.verify.layerwise import disturb
 from llmconvert.verify.probes import Probe
@@ -27,12 +28,15 @@ _HALVES = Halves("attention", "mlp", "mlp")
 def describe(directory: Path) -> dict[str, Any]:
     """A Megatron checkpoint's sizes under the names config.json has for them.
 
+    Its args may not say how many tokens of the padded vocabulary are real; then `vocab_size` is 0.
+
     Raises:
         LlmconvertError: it cannot be opened.
     """
     args = open_megatron(directory, trust_pickle=True).args
     return {
-        "vocab_size": args.get("vocab_size") or args.get("padded_vocab_size"),
+        "vocab_size": args.get("vocab_size") or 0,
+        "rows": args.get("padded_vocab_size") or 0,
         "max_position_embeddings": args.get("max_position_embeddings") or args.get("seq_length"),
     }
 
@@ -41,7 +45,7 @@ class ShardedModel:
     """A Megatron checkpoint run rank by rank; see `LayerwiseModel`, whose methods it has.
 
     Args:
-        directory: the checkpoint, in the `torch` format.
+        directory: the checkpoint.
         dtype: of the computation; float64 is float64 throughout.
         device: where.
         vocab_size: logits beyond it are those of padding and are cut off.
@@ -73,15 +77,18 @@ class ShardedModel:
         return float64_throughout() if self.dtype == torch.float64 else nullcontext()
 
     def _tensor(self, pp_rank: int, vpp_chunk: int, tp_rank: int, name: str) -> Tensor:
-        tensor = self.checkpoint.tensors[Place(pp_rank, vpp_chunk, tp_rank)][name]
+        tiles = self.checkpoint.tensors[Place(pp_rank, vpp_chunk, tp_rank)][name]
+        expression = assemble(name, tiles)
         with torch._C.DisableTorchFunction():
-            block = evaluate(stored(tensor), 0, tensor.shape[0], self._reader)
-            value = to_torch(block, tensor.dtype).to(self.device, self.dtype)
-        if tensor.name not in self.norms:
-            self.norms[tensor.name] = math.sqrt(float(value.double().square().sum()))
-        if tensor.name in self._rounded:
+            block = evaluate(expression, 0, expression.rows, self._reader)
+            value = to_torch(np.ascontiguousarray(block), expression.dtype).to(self.device, self.dtype)
+        stored = tiles[0].stored.name
+        if stored not in self.norms:
+            self.norms[stored] = math.sqrt(float(value.double().square().sum()))
+        rounded = self._rounded.get(stored) or self._rounded.get(stored.rpartition("/")[0])
+        if rounded is not None:
             # Copies on other ranks must stay copies: what is drawn depends on the name within the rank alone.
-            value = disturb(value, self._rounded[tensor.name], sum(name.encode()))
+            value = disturb(value, rounded, sum(name.encode()))
         return value
 
     def block(self, index: int) -> AbstractContextManager[None]:
@@ -136,17 +143,17 @@ class ShardedModel:
         chunk, local = self._places[index]
         prefix, own = f"decoder.layers.{local}.", []
         for t in range(self.checkpoint.tp):
-            for name, tensor in self.checkpoint.tensors[Place(chunk.pp_rank, chunk.vpp_chunk, t)].items():
+            for name, tiles in self.checkpoint.tensors[Place(chunk.pp_rank, chunk.vpp_chunk, t)].items():
                 if name.startswith(prefix):
                     half = "mlp" if name.removeprefix(prefix).startswith(("mlp.", "pre_mlp")) else "attention"
                     if part in ("", half):
-                        own.append(tensor.name)
+                        own.append(tiles[0].stored.name)
         return own
 
     def _named(self, chunk: Chunk, *names: str) -> list[str]:
         places = (Place(chunk.pp_rank, chunk.vpp_chunk, t) for t in range(self.checkpoint.tp))
         held = [self.checkpoint.tensors[place] for place in places]
-        return [named[name].name for named in held for name in names if name in named]
+        return [named[name][0].stored.name for named in held for name in names if name in named]
 
     def late_tensors(self) -> tuple[list[str], list[str]]:
         """The stored tensors used after the layers: the norm's, and the head's."""
