@@ -14,6 +14,7 @@ from llmconvert.engine import manifest
 from llmconvert.engine.execute import Executor, check_space
 from llmconvert.engine.journal import Workspace
 from llmconvert.engine.plan import Plan
+from llmconvert.engine.processes import rank, size, together
 from llmconvert.engine.publish import publish
 from llmconvert.errors import InputOutput, ProofFailed
 from llmconvert.verify.roundtrip import Pair, RoundTrip, compare
@@ -77,44 +78,80 @@ def run(
         InputOutput: the disk refuses.
     """
     workers = workers or min(os.cpu_count() or 1, 8)
-    space = Workspace(destination, plan.identity, resume=resume, restart=overwrite)
+    total = sum(output.expression.nbytes for output in plan.tensors)
+    spaces: list[Workspace] = []
+
+    def begin() -> None:
+        if rank() == 0:
+            spaces.append(Workspace(destination, plan.identity, resume=resume, restart=overwrite))
+            _check_space(plan, spaces[0])
+            Executor(plan, spaces[0], workers, lambda count: None).prepare()
+
+    def write() -> dict[str, str]:
+        if rank():
+            spaces.append(Workspace(destination, plan.identity, resume=resume, restart=False, rank=rank()))
+        return Executor(plan, spaces[0], workers, _stage(progress, "write", total // size())).run(rank(), size())
+
     try:
-        written = sum(path.stat().st_blocks * 512 for path in space.path.iterdir())
-        try:
-            check_space(plan, space.path, written)
-        except InputOutput:
-            if not space.done:
-                space.discard()
-            raise
-        total = sum(output.expression.nbytes for output in plan.tensors)
-        checksums = Executor(plan, space, workers, _stage(progress, "write", total)).run()
-        found: RoundTrip | None = None
-        if proving.verify != NONE:
-            compared = pairs(space.path)
-            amount = sum(pair.source.nbytes for pair in compared)
-            try:
-                found = compare(compared, workers, _stage(progress, "verify", amount))
-            except ProofFailed as error:
-                write_record(space.path, replace(report, failure=error.what).to_dict())
-                raise
-            _check_written(checksums, plan)
-        (space.path / manifest.MANIFEST).write_bytes(
-            manifest.build(plan, checksums, found.source_digests if found else {})
-        )
-        trip = None if found is None else {k: v for k, v in asdict(found).items() if k != "source_digests"}
-        report = replace(report, roundtrip=trip)
-        if proving.verify == LOGITS:
-            shown = lambda done, layers: progress("logits", done * total // layers, total)  # noqa: E731
-            logits = prove(space.path, shown)
-            report = replace(report, logits=logits, failure=None if logits["verdict"] else logits["reason"])
-            write_record(space.path, report.to_dict())
-            require_logits(logits, source, space.path)
-        report = replace(report, published=True)
-        write_record(space.path, report.to_dict())
-        space.finish()
-        publish(space.path, destination, sync=sync)
+        together(begin)
+        parts = together(write)
+        checksums = {key: checksum for part in parts for key, checksum in part.items()}
+
+        def prove_and_publish() -> Report | None:
+            if rank():
+                return None
+            written = Executor(plan, spaces[0], workers, lambda count: None).finish(checksums)
+            return _prove(plan, source, destination, report, proving, workers, sync, progress, spaces[0], written,
+                          pairs, prove)  # fmt: skip
+
+        done = together(prove_and_publish)[0]
+        assert done is not None
+        return done
     finally:
-        space.close()
+        for space in spaces:
+            space.close()
+
+
+def _check_space(plan: Plan, space: Workspace) -> None:
+    written = sum(path.stat().st_blocks * 512 for path in space.path.rglob("*"))
+    try:
+        check_space(plan, space.path, written)
+    except InputOutput:
+        if not space.done:
+            space.discard()
+        raise
+
+
+def _prove(
+    plan: Plan, source: Path, destination: Path, report: Report, proving: Proving, workers: int, sync: bool,
+    progress: Progress, space: Workspace, checksums: dict[str, str], pairs: Callable[[Path], list[Pair]],
+    prove: Callable[[Path, Callable[[int, int], None]], dict[str, Any]],
+) -> Report:  # fmt: skip
+    """Prove what was written, and publish it."""
+    total = sum(output.expression.nbytes for output in plan.tensors)
+    found: RoundTrip | None = None
+    if proving.verify != NONE:
+        compared = pairs(space.path)
+        amount = sum(pair.source.nbytes for pair in compared)
+        try:
+            found = compare(compared, workers, _stage(progress, "verify", amount))
+        except ProofFailed as error:
+            write_record(space.path, replace(report, failure=error.what).to_dict())
+            raise
+        _check_written(checksums, plan)
+    (space.path / manifest.MANIFEST).write_bytes(manifest.build(plan, checksums, found.source_digests if found else {}))
+    trip = None if found is None else {k: v for k, v in asdict(found).items() if k != "source_digests"}
+    report = replace(report, roundtrip=trip)
+    if proving.verify == LOGITS:
+        shown = lambda done, layers: progress("logits", done * total // layers, total)  # noqa: E731
+        logits = prove(space.path, shown)
+        report = replace(report, logits=logits, failure=None if logits["verdict"] else logits["reason"])
+        write_record(space.path, report.to_dict())
+        require_logits(logits, source, space.path)
+    report = replace(report, published=True)
+    write_record(space.path, report.to_dict())
+    space.finish()
+    publish(space.path, destination, sync=sync)
     return report
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmconvert.converters import huggingface
+from llmconvert.converters import huggingface, running
 from llmconvert.converters.huggingface import convert
 from llmconvert.engine.journal import work_directory
 from llmconvert.errors import BadInput, InputOutput, LlmconvertError, ProofFailed, Refused, Usage
@@ -426,8 +426,8 @@ def test_two_runs_into_one_destination(tmp_path: Path) -> None:
 def test_resume_notices_another_conversion(tmp_path: Path) -> None:
     source = checkpoints.make("qwen2", tmp_path / "src")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(huggingface, "publish", lambda *a, **k: (_ for _ in ()).throw(ProofFailed("stop here")))
-        patch.setattr(huggingface.Workspace, "finish", lambda self: None)
+        patch.setattr(running, "publish", lambda *a, **k: (_ for _ in ()).throw(ProofFailed("stop here")))
+        patch.setattr(running.Workspace, "finish", lambda self: None)
         with pytest.raises(ProofFailed):
             convert(source, tmp_path / "dst", to="llama")
     with pytest.raises(Usage, match="another conversion"):
@@ -480,4 +480,5 @@ def test_messages_on_the_command_line(tmp_path: Path) -> None:
 
 def test_every_error_has_its_documented_code() -> None:
     codes = {cls.__name__: cls.exit_code for cls in LlmconvertError.__subclasses__()}
-    assert codes == {"Usage": 2, "Refused": 3, "BadInput": 4, "ProofFailed": 5, "InputOutput": 6, "Interrupted": 130}
+    assert codes == {"Usage": 2, "Refused": 3, "BadInput": 4, "ProofFailed": 5, "InputOutput": 6, "Interrupted": 130,
+                     "Elsewhere": 1}  # fmt: skip  # with the code of the process that failed

@@ -8,6 +8,7 @@ import threading
 import time
 from typing import Any
 
+from llmconvert.engine.processes import Elsewhere, rank
 from llmconvert.errors import LlmconvertError
 
 
@@ -21,7 +22,9 @@ class Output:
 
     def __init__(self, *, json_mode: bool = False, quiet: bool = False) -> None:
         """See the class."""
-        self.json_mode, self.quiet = json_mode, quiet
+        # Under torchrun the first process speaks for all.
+        other = rank() != 0
+        self.json_mode, self.quiet = json_mode and not other, quiet or other
 
     def result(self, value: dict[str, Any] | list[Any], human: Any = None) -> None:
         """Show a command's result: `value` as JSON, or `human` (a string or a Rich renderable)."""
@@ -95,6 +98,8 @@ class Progress:
 
 def show_error(error: LlmconvertError, *, json_mode: bool) -> None:
     """Print an error: what, where, and what to do next."""
+    if isinstance(error, Elsewhere):
+        return
     if json_mode:
         kind = type(error).__name__
         body = {

@@ -7,8 +7,10 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import xxhash
@@ -89,15 +91,28 @@ class Executor:
         self._buffers = threading.local()
         self._crc_places = {name: places for file in plan.files for name, places in file.crc_places.items()}
 
-    def run(self) -> dict[str, str]:
-        """Write everything.
+    def run(self, rank: int = 0, size: int = 1) -> dict[str, str]:
+        """Write every region whose turn it is, of all those `size` processes share.
+
+        Args:
+            rank: this process's number.
+            size: how many there are; `prepare` has been called in one of them.
 
         Returns:
-            The checksum (xxh3-128, hexadecimal) of every region, by region key.
+            For each region written its checksum, by region key, for `finish`.
 
         Raises:
             InputOutput: a write failed.
             Interrupted: the run was stopped.
+        """
+        with self._opened():
+            return self._fill(rank, size)
+
+    def prepare(self) -> None:
+        """Write the small files, and the weight files with all but their tensors.
+
+        Raises:
+            InputOutput: a write failed.
         """
         directory = self.workspace.path
         try:
@@ -110,28 +125,55 @@ class Executor:
             for file in self.plan.files:
                 (directory / file.name).parent.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(directory / file.name, os.O_CREAT | os.O_RDWR, 0o666)
-                self._outputs[file.name] = descriptor
-                os.ftruncate(descriptor, file.size)
-                for offset, data in file.pieces:
-                    os.pwrite(descriptor, data, offset)
-            checksums = self._fill()
+                try:
+                    os.ftruncate(descriptor, file.size)
+                    for offset, data in file.pieces:
+                        os.pwrite(descriptor, data, offset)
+                finally:
+                    os.close(descriptor)
+        except OSError as error:
+            raise disk_full(error, directory) from None
+
+    def finish(self, checksums: dict[str, str]) -> dict[str, str]:
+        """Give tensors their CRCs, once all regions are written.
+
+        Args:
+            checksums: of every region, from every process's `run`.
+
+        Returns:
+            The checksum (xxh3-128, hexadecimal) of every region, by region key.
+
+        Raises:
+            InputOutput: a write failed.
+        """
+        with self._opened():
             self._write_crcs(checksums)
-            return {key: checksum.partition(_CRC)[0] for key, checksum in checksums.items()}
+        return {key: checksum.partition(_CRC)[0] for key, checksum in checksums.items()}
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        directory = self.workspace.path
+        self._reader = Reader()
+        try:
+            self._outputs = {f.name: os.open(directory / f.name, os.O_RDWR) for f in self.plan.files}
+            yield
         except OSError as error:
             raise disk_full(error, directory) from None
         finally:
             self._reader.close()
             for descriptor in self._outputs.values():
                 os.close(descriptor)
+            self._outputs = {}
 
-    def _fill(self) -> dict[str, str]:
+    def _fill(self, rank: int, size: int) -> dict[str, str]:
         if any(computes(tensor.expression) for tensor in self.plan.tensors):
             import torch
 
             torch.set_num_threads(1)
         checksums: dict[str, str] = {}
         with ThreadPoolExecutor(self.workers) as pool:
-            futures = {pool.submit(self._region, region): region for region in self.plan.regions()}
+            share = islice(self.plan.regions(), rank, None, size)
+            futures = {pool.submit(self._region, region): region for region in share}
             try:
                 for future in as_completed(futures):
                     checksums[futures[future].key] = future.result()

@@ -18,7 +18,11 @@ from llmconvert.errors import InputOutput, Usage
 
 _JOURNAL, _IDENTITY, _LOCK = "llmconvert-journal.jsonl", "llmconvert-identity.json", "llmconvert-lock"
 PRIVATE = frozenset({_JOURNAL, _IDENTITY, _LOCK})
-"""Files of a work directory that are not part of the output."""
+"""Files of a work directory that are not part of the output; further processes have journals of their own."""
+
+
+def _journal_of(rank: int) -> str:
+    return _JOURNAL if rank == 0 else f"llmconvert-journal-{rank}.jsonl"
 
 
 def work_directory(destination: Path) -> Path:
@@ -27,21 +31,22 @@ def work_directory(destination: Path) -> Path:
 
 
 class Workspace:
-    """A locked work directory.
+    """A work directory, locked by the first process of a run.
 
     Attributes:
         path: the directory.
         done: checksums of the regions finished by earlier runs, by region key.
     """
 
-    def __init__(self, destination: Path, identity: str, *, resume: bool, restart: bool) -> None:
-        """Create or take up the work directory of `destination`.
+    def __init__(self, destination: Path, identity: str, *, resume: bool, restart: bool, rank: int = 0) -> None:
+        """Create or take up the work directory of `destination`; other processes than the first find it there.
 
         Args:
             destination: the directory to be published.
             identity: what makes two runs the same run.
             resume: take up an unfinished run.
             restart: throw an unfinished run away.
+            rank: the process's number.
 
         Raises:
             Usage: another run holds it, an unfinished run is in the way, or it was another conversion.
@@ -51,6 +56,11 @@ class Workspace:
         self.done: dict[str, str] = {}
         self._mutex = threading.Lock()
         self._journal: int | None = None
+        self._lock: int | None = None
+        if rank:
+            self.done = self._read_journals()
+            self._open_journal(rank)
+            return
         existed = self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -84,21 +94,25 @@ class Workspace:
                     where=str(self.path),
                     hint="repeat its exact command, or use `--overwrite` to start anew",
                 )
-            self.done = self._read_journal()
+            self.done = self._read_journals()
         else:
             for entry in self.path.iterdir():
                 if entry.name != _LOCK:
                     shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             recorded.write_text(identity)
-        self._journal = os.open(self.path / _JOURNAL, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        self._open_journal(0)
 
-    def _read_journal(self) -> dict[str, str]:
+    def _open_journal(self, rank: int) -> None:
+        self._journal = os.open(self.path / _journal_of(rank), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+
+    def _read_journals(self) -> dict[str, str]:
         done: dict[str, str] = {}
-        with contextlib.suppress(FileNotFoundError), open(self.path / _JOURNAL, encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):  # a line cut off by a kill is a region not done
-                    key, checksum = json.loads(line)
-                    done[key] = checksum
+        for journal in sorted(self.path.glob("llmconvert-journal*.jsonl")):
+            with contextlib.suppress(FileNotFoundError), open(journal, encoding="utf-8") as file:
+                for line in file:
+                    if line.endswith("\n"):  # a line cut off by a kill is a region not done
+                        key, checksum = json.loads(line)
+                        done[key] = checksum
         return done
 
     def record(self, key: str, checksum: str) -> None:
@@ -110,8 +124,8 @@ class Workspace:
 
     def finish(self) -> None:
         """Remove the private files, ready to publish."""
-        for name in PRIVATE:
-            (self.path / name).unlink(missing_ok=True)
+        for path in (*(self.path / name for name in PRIVATE), *self.path.glob("llmconvert-journal-*.jsonl")):
+            path.unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Remove the whole work directory."""
