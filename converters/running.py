@@ -14,7 +14,7 @@ from llmconvert.engine import manifest
 from llmconvert.engine.execute import Executor, check_space
 from llmconvert.engine.journal import Workspace
 from llmconvert.engine.plan import Plan
-from llmconvert.engine.processes import rank, size, together
+from llmconvert.engine.processes import leave, rank, size, together
 from llmconvert.engine.publish import publish
 from llmconvert.errors import InputOutput, ProofFailed
 from llmconvert.verify.roundtrip import Pair, RoundTrip, compare
@@ -110,6 +110,7 @@ def run(
     finally:
         for space in spaces:
             space.close()
+        leave()
 
 
 def _check_space(plan: Plan, space: Workspace) -> None:

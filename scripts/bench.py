@@ -6,6 +6,7 @@
     python scripts/bench.py --peers                           transformers' load and save as well
     python scripts/bench.py --plan-v3                         planning over DeepSeek-V3's 91,991 tensors
     python scripts/bench.py --startup                         how quickly the command line answers
+    python scripts/bench.py --megatron --sizes 3 6            split to TP 2, PP 2, and merge back, against `cp`
     python scripts/bench.py --logits --sizes 1 3              verify by layers: memory against the largest block
 
 What is compared takes turns within each repeat, so that a slow minute of the machine hits all alike; a ratio
@@ -519,6 +520,74 @@ def startup(options: argparse.Namespace, scratch: Path) -> None:
     repeated(commands, max(options.repeats, 5))
 
 
+def megatron(options: argparse.Namespace, scratch: Path) -> None:
+    """Time splitting to TP 2, PP 2 and merging back, without proofs, beside `cp -r`; and the plan of a 70B."""
+    rows = []
+    for size in options.sizes:
+        source = scratch / f"megatron-{size}"
+        layers = LAYOUTS["mistral"]
+        total = make(layers, size, source)
+        common = ["--verify", "none", "--no-sync", "--workers", str(options.workers), "--quiet"]
+        ranks, merged, copied = scratch / "ranks", scratch / "merged", scratch / "copied"
+        grid = (
+            ["--tp", "2", "--pp", "2", "--account-for-embedding-in-pipeline-split"]
+            if _odd(source)
+            else ["--tp", "2", "--pp", "2"]
+        )
+        commands = {
+            "cp -r": (["cp", "-r", str(source), str(copied)], copied),
+            "split": ([*TOOL, "split", str(source), str(ranks), *grid, *common], None),
+            "merge": ([*TOOL, "merge", str(ranks), str(merged), *common], merged),
+            "split, torch_dist": (
+                [*TOOL, "split", str(source), str(merged), "--format", "torch_dist", *common],
+                merged,
+            ),
+        }
+        results = {name: Row() for name in commands}
+        for _ in range(options.repeats):
+            for name, (command, output) in commands.items():
+                # A virtual machine's free memory may be its host's again: each turn finds the same amount at hand.
+                measure(["cp", "-r", str(source), str(copied)])
+                shutil.rmtree(copied)
+                os.sync()  # or one turn's pages are written back in the next
+                results[name].runs.append(measure(command))
+                if output is not None:
+                    shutil.rmtree(output)
+            shutil.rmtree(ranks)
+        for name, row in results.items():
+            ratio = row.ratio(results["cp -r"])
+            anonymous = max(run.anonymous for run in row.runs)
+            rows.append((name, f"{total / 1e9:.2f} GB", f"{row.seconds:.2f} s", f"{ratio:.2f}", megabytes(anonymous)))
+        shutil.rmtree(source)
+    print()
+    table(("", "size", "median", "x cp", "peak anonymous"), rows)
+    seventy = scratch / "70b"
+    layer = {
+        "self_attn.q_proj.weight": (8192, 8192), "self_attn.k_proj.weight": (1024, 8192),
+        "self_attn.v_proj.weight": (1024, 8192), "self_attn.o_proj.weight": (8192, 8192),
+        "mlp.gate_proj.weight": (28672, 8192), "mlp.up_proj.weight": (28672, 8192),
+        "mlp.down_proj.weight": (8192, 28672), "input_layernorm.weight": (8192,),
+        "post_attention_layernorm.weight": (8192,),
+    }  # fmt: skip
+    tensors: Tensors = {"model.embed_tokens.weight": ("BF16", (128_256, 8192)), "model.norm.weight": ("BF16", (8192,)),
+                        "lm_head.weight": ("BF16", (128_256, 8192))}  # fmt: skip
+    tensors |= {f"model.layers.{i}.{name}": ("BF16", shape) for i in range(80) for name, shape in layer.items()}
+    config = COMMON_CONFIG | {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "intermediate_size": 28672,
+        "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128_256,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500_000.0,
+    }  # fmt: skip
+    total = write_checkpoint(seventy, tensors, config, 30, sparse=True)
+    run = measure([*TOOL, "split", str(seventy), str(scratch / "out"), "--tp", "8", "--pp", "8", "--dry-run"])
+    print(
+        f"\nplan of a Llama of {total / 1e9:.0f} GB over TP 8, PP 8, from headers: {run.seconds:.1f} s, {megabytes(run.peak)}"
+    )
+
+
+def _odd(source: Path) -> bool:
+    return bool(json.loads((source / "config.json").read_text())["num_hidden_layers"] % 2)
+
+
 def logits(options: argparse.Namespace, scratch: Path) -> None:
     """Memory of `verify --load layers`, beyond what importing torch and transformers takes."""
     imports = measure([sys.executable, "-c", "import torch, transformers, accelerate.hooks"]).anonymous
@@ -580,6 +649,7 @@ def main() -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--plan-v3", action="store_true", help="headers of DeepSeek-V3: inspect, and a refused dry run")
     mode.add_argument("--startup", action="store_true", help="--help, specs, a usage error")
+    mode.add_argument("--megatron", action="store_true", help="split and merge")
     mode.add_argument("--logits", action="store_true", help="memory of verify by layers")
     parser.add_argument("--sizes", type=float, nargs="+", default=[1.0], metavar="GB", help="default: 1; try 3 6")
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
@@ -589,7 +659,8 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="transformers, where it knows the layout")
     parser.add_argument("--dir", type=Path, help="where to make the scratch folder; default: the temporary folder")
     options = parser.parse_args()
-    run = plan_v3 if options.plan_v3 else startup if options.startup else logits if options.logits else conversions
+    modes = {"plan_v3": plan_v3, "startup": startup, "logits": logits, "megatron": megatron}
+    run = next((mode for name, mode in modes.items() if getattr(options, name)), conversions)
     with tempfile.TemporaryDirectory(prefix="llmconvert-bench-", dir=options.dir) as scratch:
         run(options, Path(scratch).resolve())
 

@@ -66,3 +66,12 @@ def together(work: Callable[[], _Result]) -> list[_Result]:
             other.exit_code = fault[0]
             raise other
     return [results[0] for results, _ in gathered]
+
+
+def leave() -> None:
+    """Part from the other processes; what torch's threads still hold would end this one with an abort."""
+    if size() > 1:
+        import torch.distributed as distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
