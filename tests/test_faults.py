@@ -89,7 +89,7 @@ FAULTS: list[tuple[str, Edit, int | None, str, set[str], str]] = [
     ("qwen", swap_q_and_k, 1, "attention", {"q_proj", "k_proj"}, "one for the other"),
     ("qwen", swap_gate_and_up, 2, "mlp", {"gate_proj", "up_proj"}, "one for the other"),
     ("internlm2", _permute("q"), 2, "attention", {"q_proj", "k_proj"}, "order of q_proj"),
-    ("internlm2", _permute("k"), 2, "attention", {"q_proj", "k_proj"}, "order of q_proj's or k_proj's"),
+    ("internlm2", _permute("k"), 2, "attention", {"q_proj", "k_proj"}, "order of q_proj's or k_proj's rows"),
     ("internlm2", _permute("v"), 2, "attention", {"v_proj"}, "order of v_proj"),
     ("internlm2", _permute("o"), 2, "attention", {"o_proj"}, "last matrix"),
     ("qwen", zero_bias("q"), 1, "attention", {"q_proj"}, "of self_attn.q_proj"),

@@ -86,16 +86,20 @@ def test_halves_are_found_in_every_build(tmp_path: Path) -> None:
         assert halves is not None and (halves.attention, halves.mlp, halves.middle) == names
 
 
-@pytest.mark.parametrize(("cls", "parallel"), [("OlmoConfig", False), ("Olmo2Config", False), ("CohereConfig", True)])
+@pytest.mark.parametrize(
+    ("cls", "parallel"), [("OlmoConfig", False), ("Olmo2Config", False), ("CohereConfig", True), ("OPTConfig", True)]
+)
 def test_halves_of_post_norm_and_parallel_layers(cls: str, parallel: bool, tmp_path: Path) -> None:
     """Builds no spec knows: norms after the branches, and branches side by side."""
     import transformers
 
-    config = getattr(transformers, cls)(**{**checkpoints.BASE, "pad_token_id": 0})
+    own = {"ffn_dim": 104, "word_embed_proj_dim": 48} if cls == "OPTConfig" else {}
+    config = getattr(transformers, cls)(**{**checkpoints.BASE, "pad_token_id": 0, **own})
     model = transformers.AutoModelForCausalLM.from_config(config)
     checkpoints.randomise(model, 0)
     model.save_pretrained(tmp_path / "one")
-    model.model.layers[1].mlp.up_proj.weight.data *= 1.5
+    changed = next(p for n, p in model.named_parameters() if "layers.1." in n and ("up_proj" in n or "fc1.weight" in n))
+    changed.data *= 1.5
     model.save_pretrained(tmp_path / "two")
     assert compare_logits(tmp_path / "one", tmp_path / "one", device="cpu", greedy_tokens=0).verdict
     report = compare_logits(tmp_path / "one", tmp_path / "two", device="cpu", greedy_tokens=0)
@@ -316,6 +320,12 @@ def test_a_tensor_too_many_is_bad_input_for_a_reference_model(tmp_path: Path) ->
     save_file(state, one / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadInput, match="dense_h_to_4h.bias"):
         load_model(one, torch.float32, "cpu")
+
+
+def test_a_tensor_no_code_uses_is_told(tmp_path: Path) -> None:
+    one = tiny.make("llama", tmp_path / "one", shards=False)
+    save_file(checkpoints.tensors(one) | {"stray.weight": torch.zeros(3)}, one / "model.safetensors", {"format": "pt"})
+    assert "stray.weight" in compare_logits(one, one, device="cpu", greedy_tokens=0).note
 
 
 def test_a_model_nobody_knows_is_refused(tmp_path: Path) -> None:

@@ -158,6 +158,19 @@ def test_a_dist_checkpoint_cut_short_or_incomplete(made: tuple[Path, Path, Path]
         open_megatron(dist)
 
 
+@pytest.mark.parametrize("fmt", ["torch", "torch_dist"])
+def test_an_iteration_is_written_and_found(fmt: str, made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    split_checkpoint(made[0], tmp_path / "ranks", Grid(tp=2), fmt=fmt, iteration=12, verify="weights")
+    assert (tmp_path / "ranks" / "latest_checkpointed_iteration.txt").read_text() == "12"
+    opened = open_megatron(tmp_path / "ranks", iteration=12)
+    assert opened.iteration == 12 and opened.release.name == "iter_0000012" and opened.args["iteration"] == 12
+    with pytest.raises(BadInput, match="iter_0000013") as absent:
+        open_megatron(tmp_path / "ranks", iteration=13)
+    assert "12" in (absent.value.hint or "")
+    with pytest.raises(Usage, match="at least 1"):
+        split_checkpoint(made[0], tmp_path / "out", Grid(), iteration=0, verify="weights")
+
+
 def test_optimizer_state_is_left_out_and_counted(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     ranks = Path(shutil.copytree(made[1], tmp_path / "ranks"))
     state = {"optimizer": {"exp_avg": torch.zeros(1000)}, "rng_state": [torch.zeros(10, dtype=torch.uint8)]}

@@ -16,8 +16,22 @@ from llmconvert.errors import Usage
 from llmconvert.tensors.expressions import Expression, concat
 
 TORCH, TORCH_DIST = "torch", "torch_dist"
-RELEASE = "release"
-"""The folder weights that no training run has made are written to; Megatron-LM then starts at iteration 0."""
+
+
+def tracked(iteration: int | None) -> tuple[str, str]:
+    """The folder to write to, and what the tracker file says of it.
+
+    Without an iteration it is `release`: weights no training run has made, from which Megatron-LM starts at 0.
+
+    Raises:
+        Usage: the iteration is not at least 1, which Megatron-LM does not take.
+    """
+    if iteration is None:
+        return "release", "release"
+    if iteration < 1:
+        raise Usage("`--iteration` must be at least 1: Megatron-LM does not take 0")
+    return f"iter_{iteration:07d}", str(iteration)
+
 
 LaidOut = tuple[tuple[OutputTensor, ...], tuple[WeightFile, ...], dict[str, bytes]]
 """Output tensors, files, and small files by name."""
@@ -32,9 +46,9 @@ def written_cut(layers: int, cut: Cut, fmt: str) -> Cut:
     return Cut([Chunk(0, 0, tuple(range(layers)), True, True)], 1, cut.padded_vocab_size, NORMS[TRANSFORMER_ENGINE])
 
 
-def lay_out(shards: Shards, args: Mapping[str, Any], grid: Grid, fmt: str) -> LaidOut:
-    """Lay out shards, cut by `written_cut`, in a format."""
-    return lay_out_ranks(shards, args, grid) if fmt == TORCH else _lay_out_dist(shards, args)
+def lay_out(shards: Shards, args: Mapping[str, Any], grid: Grid, fmt: str, folder: str) -> LaidOut:
+    """Lay out shards, cut by `written_cut`, in a format and a folder."""
+    return _lay_out_ranks(shards, args, grid, folder) if fmt == TORCH else _lay_out_dist(shards, args, folder)
 
 
 def rank_folder(place: Place, pp: int) -> str:
@@ -42,15 +56,19 @@ def rank_folder(place: Place, pp: int) -> str:
     return f"mp_rank_{place.tp_rank:02d}" + (f"_{place.pp_rank:03d}" if pp > 1 else "")
 
 
-def lay_out_ranks(shards: Shards, args: Mapping[str, Any], grid: Grid) -> LaidOut:
+def _lay_out_ranks(shards: Shards, args: Mapping[str, Any], grid: Grid, release: str) -> LaidOut:
     """A rank file for every rank, as Megatron-LM saves it."""
     outputs: list[OutputTensor] = []
     files: list[WeightFile] = []
     for p in range(grid.pp):
         for t in range(grid.tp):
             folder = rank_folder(Place(p, 0, t), grid.pp)
-            file = f"{RELEASE}/{folder}/{RANK_FILE}"
-            value: dict[str, Any] = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 1}
+            file = f"{release}/{folder}/{RANK_FILE}"
+            value: dict[str, Any] = {
+                "args": Namespace(**args),
+                "checkpoint_version": 3.0,
+                "iteration": args["iteration"],
+            }
             named: list[tuple[str, Expression]] = []
             for v in range(grid.vpp):
                 shard = shards[Place(p, v, t)]
@@ -72,7 +90,7 @@ def lay_out_ranks(shards: Shards, args: Mapping[str, Any], grid: Grid) -> LaidOu
 _MAX_FILE_SIZE = 4 * 1024**3
 
 
-def _lay_out_dist(shards: Shards, args: Mapping[str, Any]) -> LaidOut:
+def _lay_out_dist(shards: Shards, args: Mapping[str, Any], release: str) -> LaidOut:
     """Global tensors, layers stacked on a first axis, as Megatron-LM saves homogeneous layers."""
     (named,) = shards.values()
     whole: dict[str, Expression] = {}
@@ -88,7 +106,7 @@ def _lay_out_dist(shards: Shards, args: Mapping[str, Any]) -> LaidOut:
         whole[name] = concat(each)
         shapes[name] = (each[0].dtype, (len(each), *each[0].shape))
     count = max(map(len, layers.values()))
-    common = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": 1,
+    common = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": args["iteration"],
               "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False}}  # fmt: skip
     objects: dict[str, Any] = {
         f"decoder.layers.{state}/shard_{layer}_{count}": [None] for state in EXTRA_STATES for layer in range(count)
@@ -96,11 +114,11 @@ def _lay_out_dist(shards: Shards, args: Mapping[str, Any]) -> LaidOut:
     objects["common_state/shard_0_1"] = [common]  # where megatron-core looks for it from 0.19 on
     files, texts = lay_out_torch_dist(shapes, objects, common, _MAX_FILE_SIZE)
     outputs = tuple(
-        OutputTensor(name, f"{RELEASE}/{file.name}", offset, whole[name])
+        OutputTensor(name, f"{release}/{file.name}", offset, whole[name])
         for file in files
         for name, offset in file.offsets.items()
     )
     written = tuple(
-        WeightFile(f"{RELEASE}/{file.name}", file.size, tuple(file.pieces), file.crc_places) for file in files
+        WeightFile(f"{release}/{file.name}", file.size, tuple(file.pieces), file.crc_places) for file in files
     )
-    return outputs, written, {f"{RELEASE}/{name}": text for name, text in texts.items()}
+    return outputs, written, {f"{release}/{name}": text for name, text in texts.items()}

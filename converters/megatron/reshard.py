@@ -13,7 +13,7 @@ from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.checkpoint.megatron import LATEST, open_megatron
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid, chunks, padded_vocabulary
-from llmconvert.converters.megatron.layout import lay_out, written_cut
+from llmconvert.converters.megatron.layout import lay_out, tracked, written_cut
 from llmconvert.converters.megatron.merge import Opened, open_model, shape_of, shard_pairs
 from llmconvert.converters.megatron.shards import NORMS, Cut, assembled, check_cut, join, split
 from llmconvert.converters.megatron.split import ARGS_SCRIPT, HF_FOLDER
@@ -46,10 +46,11 @@ def _plan(opened: Opened, grid: Grid, fmt: str, implementation: str, divisible_b
     own = {key: value for key, value in source.args.items() if value is not None}
     args = {**described, **own, **{key: described[key] for key in _GRID_ARGUMENTS}, "transformer_impl": implementation}
     args["ckpt_format"] = fmt
-    outputs, files, texts = lay_out(shards, args, grid, fmt)
-    folder = source.path / HF_FOLDER
-    copies = {f"{HF_FOLDER}/{p.relative_to(folder)}": p for p in sorted(folder.rglob("*")) if p.is_file()}
-    texts |= {LATEST: b"release", ARGS_SCRIPT: arguments.script({**described, **args}, "DIR").encode()}
+    folder, tracker = tracked(None)
+    outputs, files, texts = lay_out(shards, args, grid, fmt, folder)
+    hf = source.path / HF_FOLDER
+    copies = {f"{HF_FOLDER}/{p.relative_to(hf)}": p for p in sorted(hf.rglob("*")) if p.is_file()}
+    texts |= {LATEST: tracker.encode(), ARGS_SCRIPT: arguments.script({**described, **args}, "DIR").encode()}
     recorded = (manifest.read(source.path) or {}).get("source")
     summary: dict[str, Any] = {
         "source": recorded or {"path": source.path.resolve().name, "args": source.args},

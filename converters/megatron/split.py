@@ -21,7 +21,7 @@ from llmconvert.checkpoint.megatron import LATEST, open_megatron
 from llmconvert.converters.companions import companions
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid, chunks, padded_vocabulary
-from llmconvert.converters.megatron.layout import lay_out, written_cut
+from llmconvert.converters.megatron.layout import lay_out, tracked, written_cut
 from llmconvert.converters.megatron.shards import NORMS, Cut, assembled, check_cut, join, split
 from llmconvert.converters.planning import elsewhere
 from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
@@ -92,6 +92,7 @@ def plan_split(
     fmt: str = "torch",
     transformer_impl: str = "transformer_engine",
     divisible_by: int = 128,
+    iteration: int | None = None,
     dtype: str | None = None,
     spec_file: Path | None = None,
 ) -> SplitConversion:
@@ -103,6 +104,7 @@ def plan_split(
         fmt: torch or torch_dist.
         transformer_impl: transformer_engine or local: how norms are named.
         divisible_by: make_vocab_size_divisible_by.
+        iteration: which to write as; None for `release`.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         spec_file: a spec from outside the package.
 
@@ -132,11 +134,13 @@ def plan_split(
     main = Counter(e.dtype for e in model.tensors.values()).most_common(1)[0][0]
     args = arguments.to_arguments(model.config, grid, padded, divisible_by, TO_NAME[main])
     args |= {"transformer_impl": transformer_impl, "ckpt_format": fmt}
-    outputs, files, own = lay_out(shards, args, grid, fmt)
+    folder, tracker = tracked(iteration)
+    args["iteration"] = iteration or 1
+    outputs, files, own = lay_out(shards, args, grid, fmt, folder)
     extra = companions(checkpoint)
     texts = {f"{HF_FOLDER}/{name}": text for name, text in extra.texts.items()}
     texts |= own | {
-        LATEST: b"release",
+        LATEST: tracker.encode(),
         ARGS_SCRIPT: arguments.script(args, "DIR").encode(),
         f"{HF_FOLDER}/config.json": (json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n").encode(),
     }
@@ -192,6 +196,7 @@ def split_checkpoint(
     fmt: str = "torch",
     transformer_impl: str = "transformer_engine",
     divisible_by: int = 128,
+    iteration: int | None = None,
     dtype: str | None = None,
     spec_file: Path | None = None,
     verify: str = "logits",
@@ -220,6 +225,7 @@ def split_checkpoint(
         fmt=fmt,
         transformer_impl=transformer_impl,
         divisible_by=divisible_by,
+        iteration=iteration,
         dtype=dtype,
         spec_file=spec_file,
     )

@@ -350,6 +350,7 @@ def split(
         str, typer.Option(help="whose parameter names to write: transformer_engine or local")
     ] = "transformer_engine",
     format: Format = "torch",
+    iteration: Annotated[int | None, typer.Option(help="write as this iteration; as `release` if absent")] = None,
     dtype: Dtype = None,
     spec_file: SpecFile = None,
     verify: Verify = "logits",
@@ -371,7 +372,8 @@ def split(
 
     grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout)
     run = partial(
-        split_checkpoint, source, destination, grid, fmt=format, transformer_impl=transformer_impl, divisible_by=divisible_by,
+        split_checkpoint, source, destination, grid, fmt=format, transformer_impl=transformer_impl,
+        divisible_by=divisible_by, iteration=iteration,
         dtype=dtype, spec_file=spec_file, verify=verify, device=device, load=load, workers=workers,
         overwrite=overwrite, resume=resume, sync=sync,
     )  # fmt: skip

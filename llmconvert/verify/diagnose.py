@@ -26,6 +26,7 @@ class _Stages:
         names = [call.name for call in calls[0]]
         # The same few matrices once each, or it is a build (experts, say) whose stages are not known here.
         self.known = 2 <= len(names) <= 6 and len(set(names)) == len(names)
+        self.known = self.known and all(call.given.ndim == 3 for each in calls for call in each)
         self.known = self.known and all([call.name for call in each] == names for each in calls)
         if not self.known:
             return
@@ -120,7 +121,7 @@ def explain_layer(
         return f"outputs with no counterpart: {counts}", a.tensors(*(lost or a.early)), b.tensors(*strange)
     if part == "mlp":
         return (
-            "its first matrices put out the same numbers in another order: one for the other, say",
+            "its first matrices put out the same numbers: in another order, one for the other, or under another activation",
             a.tensors(*a.early),
             b.tensors(*b.early),
         )
@@ -140,7 +141,8 @@ def _explain_order(a: _Stages, b: _Stages, same: float) -> Explanation:
     if _apart(a.inner[-1], b.inner[-1]) <= same:
         why = "right where all tokens stand at one position: rotary angles (theta, scaling), or interleaved for halves"
         return why, a.tensors(*a.early), _some(b, "q", "k")
-    return "the order of q_proj's or k_proj's rows, or one for the other", a.tensors(*a.early), _some(b, "q", "k")
+    why = "its projections agree, its scores do not: the order of q_proj's or k_proj's rows, one for the other, scale or mask"
+    return why, a.tensors(*a.early), _some(b, "q", "k")
 
 
 def _some(stages: _Stages, *letters: str) -> list[str]:

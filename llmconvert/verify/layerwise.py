@@ -95,6 +95,14 @@ class LayerwiseModel:
 
     def _check_tied(self) -> None:
         stored = FileWeights(self.directory)
+        placed = self.module.state_dict()
+        # Experts that are fused while loading have other names; nothing can be said of those.
+        plain = all(
+            any(n in stored.shapes for n in self._alias.get(name, (name,)))
+            for name, _ in self.module.named_parameters()
+        )
+        odd = [name for name in stored.shapes if name not in placed and not name.endswith("inv_freq")]
+        self.unused = sorted(odd) if plain else []
         for names in set(self._alias.values()):
             held = [name for name in names if name in stored.shapes]
             if len(held) > 1:
@@ -434,6 +442,7 @@ class _Watch:
         else:
             middle, tensor = mlp, given
         parallel = tensor is stream or given is attention[2] or tensor is attention[3]
+        parallel = parallel or tensor.shape != stream.shape  # some flatten batch and tokens in between
         return Halves(attention[0], mlp, None if parallel else middle)
 
     def middle(self, halves: Halves | None) -> Tensor | None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmconvert.checkpoint.directory import listing
 from llmconvert.checkpoint.megatron import is_megatron
 from llmconvert.errors import Usage
 from llmconvert.verify.layerwise import LayerwiseModel
@@ -292,6 +293,10 @@ class Runs:
         models = self._model(0, dtype), self._model(1, dtype)
         explain = dtype == torch.float64
         found = sweep(*models, self.probes, explain=explain, rounded=rounded, progress=self.progress)
+        for path, model in zip(self.paths, models, strict=True):
+            if unused := getattr(model, "unused", []):
+                own = f"no code uses {listing(unused)} of {path.name}"
+                found.note = f"{found.note}; {own}" if found.note else own
         agreement = _greedy(models, self.probes, greedy_tokens) if greedy_tokens else None
         del models
         _clean(self.devices)
