@@ -120,11 +120,14 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     return FileWeights(directory).shapes
 
 
-def _options(dtype: torch.dtype, attention: str) -> dict[str, Any]:
+def _release() -> tuple[int, ...]:
     import transformers
 
-    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    return {"dtype" if release >= (4, 56) else "torch_dtype": dtype, "attn_implementation": attention}
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+def _options(dtype: torch.dtype, attention: str) -> dict[str, Any]:
+    return {"dtype" if _release() >= (4, 56) else "torch_dtype": dtype, "attn_implementation": attention}
 
 
 def _refused(error: Exception, directory: Path) -> Refused:
@@ -217,7 +220,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: str, attention: str 
     import transformers
 
     options = _options(dtype, attention)
-    if dtype == torch.float64 and "dtype" in options:
+    if dtype == torch.float64 and _release() >= (5, 0):
         options["experts_implementation"] = "eager"
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()
