@@ -58,6 +58,7 @@ def convert(
     spec_file: Path | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
+    keep_fp8: bool = False,
     verify: str = "logits",
     workers: int | None = None,
     overwrite: bool = False,
@@ -77,8 +78,9 @@ def convert(
         to: target spec or family, such as `llama`.
         source_name: the source's spec; detected if None.
         spec_file: a spec file from outside the package.
-        dtype: float32, bfloat16 or float16; None keeps each tensor's own.
+        dtype: float32, bfloat16, float16 or fp8-block128; see `plan_conversion`.
         max_shard_size: such as `5GB`.
+        keep_fp8: move FP8 weights and their scales as they are.
         verify: `none`, `weights` (ledger and round trip) or `logits` (both models run as well).
         workers: threads; the number of processors, at most 8, if None.
         overwrite: replace a destination that exists, and discard an unfinished run.
@@ -106,6 +108,7 @@ def convert(
         spec_file=spec_file,
         dtype=dtype,
         max_shard_size=max_shard_size,
+        keep_fp8=keep_fp8,
         accept=accept,
     )
     _check_data(conversion)

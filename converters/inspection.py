@@ -17,6 +17,7 @@ from llmconvert.converters.megatron.merge import open_model
 from llmconvert.engine import manifest
 from llmconvert.errors import LlmconvertError
 from llmconvert.spec.dialect import Lifted, lift, read_config, write_config
+from llmconvert.spec.fused import unfused
 from llmconvert.spec.language import Spec
 from llmconvert.spec.registry import registry
 
@@ -85,7 +86,7 @@ def inspect(source: str | os.PathLike[str], *, spec_file: Path | None = None) ->
     if is_megatron(Path(source)):
         return _inspect_megatron(Path(source))
     known = registry(spec_file)
-    checkpoint = open_checkpoint(source)
+    checkpoint = unfused(open_checkpoint(source))
     dtypes = Counter(TO_NAME.get(tensor.dtype, tensor.dtype) for tensor in checkpoint.tensors.values())
     result: dict[str, Any] = {
         "path": str(checkpoint.path),

@@ -36,16 +36,25 @@ _MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 """Where there is a key for them, published checkpoints use them."""
 
 
+_SIZES = {"num_experts": "moe", "kv_lora_rank": "mla"}
+"""Where there is a key for the size, every checkpoint has the trait."""
+
+
 def certain_traits(spec: Spec) -> frozenset[str]:
     """Traits every checkpoint of an architecture has, because its code fixes them."""
     names = {
         "qkv_bias": "qkv_bias", "o_bias": "o_bias", "mlp_bias": "mlp_bias", "rotary_interleaved": "interleaved_rotary",
-        "qk_norm": "qk_norm", "unit_offset_norm": "unit_offset_norm", "alibi": "alibi",
+        "qk_norm": "qk_norm", "unit_offset_norm": "unit_offset_norm", "alibi": "alibi", "router_bias": "router_bias",
+        "branch_output_norm": "branch_output_norm", "shared_expert_gate": "shared_expert_gate",
     }  # fmt: skip
     certain = set()
     for field in spec.fields:
         if isinstance(field, Fixed) and field.value is True:
             certain |= {names[a] for a in field.attributes if a in names}
+        elif isinstance(field, Fixed) and field.attribute == "scoring_func" and field.value == "sigmoid":
+            certain.add("sigmoid_router")
+        elif isinstance(field, Field) and field.attribute in _SIZES:
+            certain.add(_SIZES[field.attribute])
         elif isinstance(field, SquareRoot):
             certain.add("rounded_" + field.attribute)
         elif isinstance(field, SoftmaxScale):
@@ -58,6 +67,8 @@ def certain_traits(spec: Spec) -> frozenset[str]:
             certain.add("tied_embeddings")
         elif isinstance(field, Field) and field.attribute == "hidden_act" and field.default != "silu":
             certain.add("activation")
+    if "mla" in certain:
+        certain.discard("interleaved_rotary")
     return frozenset(certain)
 
 
@@ -93,6 +104,10 @@ def reach(source: Spec, target: Spec) -> Reach:
         return Reach(
             source.name, target.name, "no", why=f"{trait.name}: {trait.obstacle or f'{target.name} has no form of it'}"
         )
+    lacking = sorted(t for t in target.always - possible_traits(source) if t not in ADD)
+    if lacking:
+        why = f"{lacking[0]}: {target.name} always has it ({TRAITS[lacking[0]].meaning}), and no rewrite adds it"
+        return Reach(source.name, target.name, "no", why=why)
     surplus = certain - target.holds - target.always
     if "tied_embeddings" in certain and surplus & set(NEEDS_OWN_HEAD):
         surplus |= {"tied_embeddings"}

@@ -16,16 +16,18 @@ from llmconvert.canonical.lowerings import check_representable, lower
 from llmconvert.canonical.model import CanonicalConfig, CanonicalModel, traits
 from llmconvert.canonical.step import Step
 from llmconvert.checkpoint.directory import Checkpoint, open_checkpoint
-from llmconvert.checkpoint.dtypes import FROM_NAME, ITEMSIZE, TO_NAME
+from llmconvert.checkpoint.dtypes import FLOATS, FROM_NAME, ITEMSIZE, TO_NAME
 from llmconvert.converters.companions import Companions, companions
 from llmconvert.engine import manifest
 from llmconvert.engine.plan import INDEX, Plan, lay_out, parse_size
 from llmconvert.errors import BadInput, Refused, Usage
-from llmconvert.spec.dialect import Lifted, emit, keys_read, lift, read_config, refuse_quantised, write_config
+from llmconvert.spec.dialect import Lifted, emit, keys_read, lift, read_config, write_config
+from llmconvert.spec.fused import unfused
 from llmconvert.spec.keys import carried
 from llmconvert.spec.language import Spec
+from llmconvert.spec.quantised import BLOCK, FP8, SCALE, Block, check_kept, quantisation, quantised, settings
 from llmconvert.spec.registry import Registry, registry
-from llmconvert.tensors.expressions import Expression, cast, sources
+from llmconvert.tensors.expressions import Expression, Fill, cast, sources
 from llmconvert.verify.ledger import Ledger, account
 from llmconvert.verify.roundtrip import failing
 
@@ -39,6 +41,7 @@ class Conversion:
         target: the dialect written.
         model: the lowered model; `steps` the rewrites that led to it, each with the config before.
         dtype: the dtype code asked for, or None to keep each tensor's own.
+        keep_fp8: FP8 weights are moved as they are.
         plan: what will be written.
         ledger: the account of the plan.
         notes: what a user should know.
@@ -52,6 +55,7 @@ class Conversion:
     model: CanonicalModel
     steps: list[tuple[Step, CanonicalConfig]]
     dtype: str | None
+    keep_fp8: bool
     plan: Plan
     ledger: Ledger
     notes: tuple[str, ...]
@@ -80,14 +84,18 @@ def target_for(known: Registry, name: str, checkpoint: Checkpoint) -> Spec:
     return spec
 
 
+FP8_BLOCKS = "fp8-block128"
+
+
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _dominant(tensors: Mapping[str, Expression]) -> str:
     weight: Counter[str] = Counter()
-    for expression in tensors.values():
-        weight[expression.dtype] += expression.nbytes
+    for name, expression in tensors.items():
+        if expression.dtype in FLOATS and not name.endswith(SCALE):
+            weight[expression.dtype] += expression.nbytes
     return weight.most_common(1)[0][0]
 
 
@@ -95,7 +103,8 @@ def _input_dtype(model: CanonicalModel, dtype: str | None) -> CanonicalModel:
     """Widen before the arithmetic of lowerings, so that it is rounded once, to the type asked for."""
     if dtype is None:
         return model
-    tensors = {n: cast(e, dtype) if ITEMSIZE[dtype] > ITEMSIZE[e.dtype] else e for n, e in model.tensors.items()}
+    wider = {n for n, e in model.tensors.items() if e.dtype in FLOATS and ITEMSIZE[dtype] > ITEMSIZE[e.dtype]}
+    tensors = {n: cast(e, dtype) if n in wider else e for n, e in model.tensors.items()}
     return CanonicalModel(model.config, tensors, model.checks)
 
 
@@ -107,6 +116,7 @@ def plan_conversion(
     spec_file: Path | None = None,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
+    keep_fp8: bool = False,
     accept: Callable[[Registry, Spec], None] = lambda known, spec: None,
 ) -> Conversion:
     """Plan a conversion from headers alone.
@@ -116,32 +126,43 @@ def plan_conversion(
         to: the target spec or family.
         source_name: the source's spec; detected from config.json if None.
         spec_file: a spec from outside the package.
-        dtype: float32, bfloat16 or float16; None keeps each tensor's own.
+        dtype: float32, bfloat16, float16, or fp8-block128 (the matrices of attention and MLPs in block-wise FP8);
+            None keeps each tensor's own, and dequantises FP8 to bfloat16.
         max_shard_size: such as `5GB`.
+        keep_fp8: move FP8 weights and their scales as they are.
         accept: called with the detected spec, to refuse it.
 
     Raises:
         LlmconvertError: of the kind that fits; nothing has been written.
     """
     known = registry(spec_file)
-    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
-        raise Usage(f"`{dtype}` is not a dtype to write", hint="choose float32, bfloat16 or float16")
-    code = FROM_NAME[dtype] if dtype else None
-    checkpoint = open_checkpoint(source)
-    refuse_quantised(checkpoint)
+    if dtype not in (None, "float32", "bfloat16", "float16", FP8_BLOCKS):
+        raise Usage(f"`{dtype}` is not a dtype to write", hint=f"choose float32, bfloat16, float16 or {FP8_BLOCKS}")
+    if keep_fp8 and dtype is not None:
+        raise Usage("`--keep-fp8` keeps every tensor's dtype: leave out `--dtype`")
+    code = FROM_NAME[dtype] if dtype and dtype != FP8_BLOCKS else None
+    checkpoint = unfused(open_checkpoint(source))
+    block = quantisation(checkpoint)
+    if keep_fp8 and block is None:
+        raise Usage("`--keep-fp8`: the checkpoint is not FP8", hint="leave it out")
     spec = known.get(source_name) if source_name else known.detect(checkpoint.config)
     accept(known, spec)
     target = target_for(known, to, checkpoint)
     config = read_config(spec, checkpoint.config, checkpoint.tensors)
     _refuse_early(config, target, known)
-    lifted = lift(spec, checkpoint, config)
+    lifted = lift(spec, checkpoint, config, dtype=code or "BF16", keep_fp8=keep_fp8)
     model, steps = _lower(_input_dtype(lifted.model, code), target, known, checkpoint)
+    written_dtype = code or _dominant(model.tensors)
     if code:
         model = replace(model, tensors={name: cast(e, code) for name, e in model.tensors.items()})
+    elif keep_fp8:
+        check_kept(lifted.model.tensors, model.tensors)
+    elif dtype == FP8_BLOCKS:
+        block, model = BLOCK, replace(model, tensors=quantised(model.tensors, model.config))
     tensors = emit(target, model)
-    written_dtype = code or _dominant(tensors)
     try:
-        texts, notes = _texts(checkpoint, spec, target, model.config, written_dtype)
+        eight = block if keep_fp8 or dtype == FP8_BLOCKS else None
+        texts, notes = _texts(checkpoint, spec, target, model.config, written_dtype, eight)
     except Refused as error:
         raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
@@ -167,9 +188,11 @@ def plan_conversion(
         checkpoint.path, outputs, files, {**texts, **extra.texts}, extra.copies, model.checks,
         _identity(checkpoint, files, summary), summary,
     )  # fmt: skip
-    ledger = account(plan, checkpoint.tensors, lifted.dropped | _checked_away(model, tensors))
+    ledger = account(plan, checkpoint.tensors, lifted.dropped | checked_away(model, tensors))
     all_notes = lifted.notes + notes + extra.notes + _dtype_notes(checkpoint, tensors, code)
-    return Conversion(checkpoint, spec, lifted, target, model, steps, code, plan, ledger, all_notes, extra.left)
+    return Conversion(
+        checkpoint, spec, lifted, target, model, steps, code, keep_fp8, plan, ledger, all_notes, extra.left
+    )
 
 
 def elsewhere(checkpoint: Checkpoint) -> str:
@@ -214,11 +237,15 @@ def _refuse_early(config: CanonicalConfig, target: Spec, known: Registry) -> Non
     check_representable(config, target.name, target.holds | target.always, known.holders)
 
 
-def _checked_away(model: CanonicalModel, tensors: Mapping[str, Expression]) -> dict[str, str]:
+def checked_away(model: CanonicalModel, tensors: Mapping[str, Expression]) -> dict[str, str]:
     """Stored tensors that a check allows to leave out whole (zero biases)."""
     used = {tensor.name for e in tensors.values() for tensor in sources(e)}
-    gone = {tensor.name for check in model.checks for tensor in sources(check.left)} - used
-    return dict.fromkeys(gone, "checked to be zero")
+    return {
+        tensor.name: "checked to be zero" if isinstance(check.right, Fill) else "checked to be a copy"
+        for check in model.checks
+        for tensor in sources(check.left)
+        if tensor.name not in used
+    }
 
 
 def _identity(checkpoint: Checkpoint, files: Any, summary: Mapping[str, Any]) -> str:
@@ -229,11 +256,12 @@ def _identity(checkpoint: Checkpoint, files: Any, summary: Mapping[str, Any]) ->
 
 
 def _texts(
-    checkpoint: Checkpoint, spec: Spec, target: Spec, config: CanonicalConfig, dtype: str
+    checkpoint: Checkpoint, spec: Spec, target: Spec, config: CanonicalConfig, dtype: str, block: Block | None
 ) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """config.json: as the checkpoint's origin had it where this is the way back, else written anew."""
     source = checkpoint.config
     written = write_config(target, config, carried(source, keys_read(spec)), dtype)
+    eight = {"quantization_config": settings(block)} if block else {}
     notes: list[str] = []
     origin = ((manifest.read(checkpoint.path) or {}).get("source")) or {}
     original = origin.get("config")
@@ -253,6 +281,7 @@ def _texts(
             absent = [name for name in code if not (checkpoint.path / name).is_file()]
             if absent:
                 notes.append(f"its `auto_map` needs {', '.join(absent)}: copy them from the original repository")
+    written = {key: value for key, value in written.items() if key != "quantization_config"} | eight
     text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return {"config.json": text.encode()}, tuple(notes)
 
@@ -262,7 +291,12 @@ def _dtype_notes(checkpoint: Checkpoint, tensors: Mapping[str, Expression], dtyp
     stored = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
     named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     main = stored.most_common(1)[0][0]
-    if isinstance(named, str) and FROM_NAME.get(named) not in stored:
+    eight = stored[FP8]
+    if eight and any(e.dtype == FP8 for e in tensors.values()):
+        notes.append(f"{eight} FP8 tensors are moved as they are, with their scales")
+    elif eight:
+        notes.append(f"{eight} FP8 tensors are dequantised in float32 and rounded once")
+    elif isinstance(named, str) and FROM_NAME.get(named) not in stored:
         notes.append(f"config.json says {named}, the tensors are {TO_NAME.get(main, main)}: the tensors are believed")
     if dtype is not None:
         narrowed = sum(

@@ -10,8 +10,9 @@ from llmconvert.converters.planning import Conversion
 from llmconvert.spec.dialect import lift, read_config
 from llmconvert.spec.expand import bind
 from llmconvert.spec.language import Spec
-from llmconvert.tensors.expressions import Expression, Scale, Shift, cast, stored, walk
-from llmconvert.verify.roundtrip import BITWISE, ONE_WAY, ROUNDED, Pair
+from llmconvert.spec.quantised import FP8, SCALE, quantisation
+from llmconvert.tensors.expressions import Expression, Scale, Shift, cast, quantize, stored, walk
+from llmconvert.verify.roundtrip import BITWISE, ONE_WAY, QUANTISED, ROUNDED, Pair
 
 
 def return_pairs(conversion: Conversion, output: Checkpoint) -> list[Pair]:
@@ -21,7 +22,8 @@ def return_pairs(conversion: Conversion, output: Checkpoint) -> list[Pair]:
         conversion: the planned conversion.
         output: what was written, opened.
     """
-    written = lift(conversion.target, output, read_config(conversion.target, output.config, output.tensors)).model
+    config = read_config(conversion.target, output.config, output.tensors)
+    written = lift(conversion.target, output, config, keep_fp8=conversion.keep_fp8).model
     back, lossy = unlowered(written, conversion.lifted.model, conversion.steps)
     pairs = canonical_pairs(
         conversion.source_spec, conversion.checkpoint, conversion.lifted.model, conversion.model, back, lossy
@@ -81,11 +83,25 @@ def canonical_pairs(
             if isinstance(node, Scale | Shift):
                 floors[name] = max(floors.get(name, 0.0), abs(node.offset) if isinstance(node, Shift) else 0.0)
     pairs = []
+    block = quantisation(checkpoint)
     for binding in bind(spec, lifted.config):
         if set(binding.parts) & lossy:
             continue
         source = stored(checkpoint.tensors[binding.stored])
         returned = binding.put_together(back.tensors, lifted.config)
+        if source.dtype == FP8 and block is not None:
+            # Numbers of 3 bits come back from 8 by division, whatever was lost on the way: a wrong scale shows.
+            name = binding.stored + SCALE
+            scale = stored(checkpoint.tensors[name])
+            if returned.dtype == FP8:
+                pairs.append(Pair(name, scale, back.tensors[binding.parts[0] + SCALE], BITWISE))
+            else:
+                returned = quantize(returned, scale, block)
+            pairs.append(Pair(binding.stored, source, returned, BITWISE))
+            continue
+        if any(name + SCALE in lowered.tensors for name in binding.parts):
+            pairs.append(Pair(binding.stored, cast(source, returned.dtype), returned, QUANTISED))
+            continue
         rounded = [floors[name] for name in binding.parts if name in floors]
         promise = ROUNDED if rounded else BITWISE
         if returned.dtype != source.dtype:

@@ -11,6 +11,7 @@ from llmconvert.checkpoint.directory import open_checkpoint, read_json
 from llmconvert.converters.huggingface import convert
 from llmconvert.converters.running import Progress, Report
 from llmconvert.errors import ProofFailed
+from llmconvert.spec.fused import unfused
 from llmconvert.tensors.expressions import stored
 from llmconvert.verify.roundtrip import BITWISE, Pair, compare
 
@@ -63,7 +64,7 @@ def round_trip(
         common = {**options, "workers": workers, "sync": False, "progress": progress}
         there = convert(source, outward, to=to, **common)
         back = convert(outward, homeward, to=there.source_architecture, **common)
-        before, after = open_checkpoint(Path(there.source)), open_checkpoint(homeward)
+        before, after = unfused(open_checkpoint(Path(there.source))), open_checkpoint(homeward)
         names = [name for name in before.tensors if name not in there.dropped]
         wrong = sorted(set(names) ^ set(after.tensors))
         for name in names:

@@ -7,6 +7,7 @@ every parameter matters: no zero biases, no unit norms.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,20 @@ BASE: dict[str, Any] = {
     "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 TIED = {"tie_word_embeddings": True}
+
+_EXPERTS = {
+    "n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "first_k_dense_replace": 1,
+    "n_shared_experts": 2,
+}  # fmt: skip
+_GROUPS = {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
+_LATENT = {
+    **_EXPERTS, "num_key_value_heads": 6, "head_dim": 8, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8, "v_head_dim": 20, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+_YARN = {
+    "rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 
 # name: (transformers config class, overrides)
 NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,7 +64,18 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"head_dim": 16}),
     "glm4": ("Glm4Config", {"head_dim": 16}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 4, "sliding_window": None}),
-    "qwen2_moe": ("Qwen2MoeConfig", {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}),
+    "qwen2_moe": ("Qwen2MoeConfig", {"num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40,
+                                     "num_experts_per_tok": 2, "mlp_only_layers": [1]}),
+    "qwen3_moe": ("Qwen3MoeConfig", {"num_experts": 8, "num_local_experts": 8, "moe_intermediate_size": 32, "head_dim": 16,
+                                     "num_experts_per_tok": 3, "norm_topk_prob": True}),
+    "deepseek_v2": ("DeepseekV2Config", {**_LATENT, "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1,
+                                         "routed_scaling_factor": 3.0}),
+    "deepseek_v2_lite": ("DeepseekV2Config", {**_LATENT, "q_lora_rank": None, "topk_method": "greedy", "n_group": 1,
+                                              "topk_group": 1}),
+    "deepseek_v3": ("DeepseekV3Config", {**_LATENT, **_GROUPS, "rope_scaling": _YARN}),
+    "moonlight": ("DeepseekV3Config", {**_LATENT, "q_lora_rank": None, "n_group": 1, "topk_group": 1,
+                                       "num_nextn_predict_layers": 0}),
+    "glm4_moe": ("Glm4MoeConfig", {**_EXPERTS, **_GROUPS, "head_dim": 16, "use_qk_norm": True, "attention_bias": True}),
 }  # fmt: skip
 
 _QWEN = {
@@ -82,6 +108,13 @@ _INTERNLM2 = {
     "rope_theta": 1e6, "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "float32",
 }  # fmt: skip
 
+_DEEPSEEK_MOE = {
+    **BASE, **_EXPERTS, "architectures": ["DeepseekForCausalLM"], "model_type": "deepseek", "hidden_act": "silu",
+    "num_key_value_heads": 6, "norm_topk_prob": False, "scoring_func": "softmax", "moe_layer_freq": 1,
+    "aux_loss_alpha": 0.001, "seq_aux": True, "rope_theta": 10000, "rope_scaling": None, "attention_bias": False,
+    "tie_word_embeddings": False, "torch_dtype": "float32",
+}  # fmt: skip
+
 REMOTE: dict[str, dict[str, Any]] = {
     "qwen": _QWEN,
     "qwen_2023": {
@@ -99,6 +132,7 @@ REMOTE: dict[str, dict[str, Any]] = {
                 "num_hidden_layers": 3, "eos_token_id": [2, 3, 4], "layernorm_epsilon": 1.5625e-7, "vocab_size": 131},
     "yi": _YI,
     "internlm2": _INTERNLM2,
+    "deepseek_moe": _DEEPSEEK_MOE,
 }  # fmt: skip
 
 ALL = (*NATIVE, *REMOTE)
@@ -112,6 +146,33 @@ def randomise(model: nn.Module, seed: int) -> None:
             parameter.normal_(0.0, 0.2, generator=generator)
             if parameter.ndim == 1 and name.endswith("weight"):
                 parameter.add_(1.0)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2, generator=generator)
+
+
+def with_further_tokens(state: dict[str, torch.Tensor], layers: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A DeepSeek-V3 or GLM-4.5 state dict with the layer that predicts a further token, which transformers leaves out."""
+    generator = torch.Generator().manual_seed(seed)
+    last, own, result = f"model.layers.{layers - 1}.", f"model.layers.{layers}.", dict(state)
+    hidden, dtype = state["model.norm.weight"].shape[0], state["model.norm.weight"].dtype
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul_(0.2).to(dtype)
+
+    result |= {own + name.removeprefix(last): random(*t.shape) for name, t in state.items() if name.startswith(last)}
+    result |= {f"{own}{name}.weight": 1 + random(hidden) for name in ("enorm", "hnorm", "shared_head.norm")}
+    copies = {"embed_tokens": "model.embed_tokens", "shared_head.head": "lm_head"}
+    result |= {f"{own}{name}.weight": state[f"{original}.weight"].clone() for name, original in copies.items()}
+    return result | {f"{own}eh_proj.weight": random(hidden, 2 * hidden)}
+
+
+def saved(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What transformers writes: it names experts one by one and leaves a tied head out."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        state = {name: tensor.clone() for name, tensor in tensors(Path(folder)).items()}
+        return state, json.loads((Path(folder) / "config.json").read_text())
 
 
 def build_native(arch: str, seed: int = 0, **overrides: Any) -> nn.Module:
@@ -196,15 +257,13 @@ def make(
     directory.mkdir(parents=True, exist_ok=True)
     if arch in NATIVE:
         model = build_native(arch, seed, **overrides).to(dtype)
-        model.config.save_pretrained(directory)
-        config = json.loads((directory / "config.json").read_text())
+        state, config = saved(model)
         config["architectures"] = [type(model).__name__]
         config.pop("torch_dtype", None)
+        if config.get("num_nextn_predict_layers"):
+            state = with_further_tokens(state, config["num_hidden_layers"], seed)
         config["torch_dtype" if "rope_parameters" not in config else "dtype"] = str(dtype).removeprefix("torch.")
         config = _as_transformers_4(config) if form == 4 else config
-        state = model.state_dict()
-        if model.config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
     else:
         model, config = build_remote(arch, seed, **overrides)
         state = {k: v.to(dtype) for k, v in model.state_dict().items()}

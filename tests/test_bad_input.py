@@ -225,6 +225,7 @@ def test_truncated_bin(tmp_path: Path) -> None:
 
 REFUSED = {
     "baichuan_13b": "alibi", "qwen3": "qk_norm", "glm4": "branch_output_norm", "mixtral": "moe", "qwen2_moe": "moe",
+    "qwen3_moe": "qk_norm", "deepseek_moe": "moe", "deepseek_v2": "mla", "deepseek_v3": "mtp", "glm4_moe": "moe",
 }  # fmt: skip
 
 

@@ -245,6 +245,13 @@ def test_a_byte_move_needs_no_torch(tmp_path: Path) -> None:
     assert done.stdout.endswith("0\nFalse\n"), done.stdout + done.stderr
 
 
+def _relabelled(directory: Path) -> Path:
+    config = json.loads((directory / "config.json").read_text())
+    kind = {"model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps({**config, **kind}))
+    return directory
+
+
 def test_inspect_describes(tmp_path: Path) -> None:
     found = inspect(checkpoints.make("qwen2", tmp_path / "src"))
     assert found["architecture"] == "qwen2"
@@ -252,7 +259,9 @@ def test_inspect_describes(tmp_path: Path) -> None:
     assert found["targets"]["mistral"].startswith("if: ")
     assert "rope_theta" in found["targets"]["baichuan"]
     assert found["parameters"] == sum(t.numel() for t in checkpoints.tensors(tmp_path / "src").values())
-    broken = inspect(checkpoints.make("mixtral", tmp_path / "moe"))
+    experts = inspect(checkpoints.make("mixtral", tmp_path / "moe"))
+    assert "moe" in experts["traits"] and "`moe`" in experts["targets"]["llama"]
+    broken = inspect(_relabelled(checkpoints.make("mixtral", tmp_path / "odd")))
     assert broken["architecture"] is None and "moe" in broken["problem"]
 
 

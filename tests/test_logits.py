@@ -23,7 +23,9 @@ from llmconvert.verify.models import empty_model, load_model
 from llmconvert.verify.probes import FAR_POSITION, make_probes
 
 RUNNABLE = [arch for arch in tiny.ARCHITECTURES]
-FUSED = ("mixtral", "qwen2_moe", "deepseek_v3")
+FUSED = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "moonlight", "glm4_moe",
+)  # fmt: skip
 """Transformers makes one tensor of their experts as it loads them."""
 
 

@@ -28,9 +28,9 @@ CONVERTS = {
 """Parameters of the Llama each becomes, without the o_proj biases some are given (from the model cards, where they say)."""
 
 REFUSED = {
-    "baichuan-13b-chat": "alibi", "baichuan2-13b-chat": "alibi", "chatglm-6b": "first version", "deepseek-r1": "quantised",
+    "baichuan-13b-chat": "alibi", "baichuan2-13b-chat": "alibi", "chatglm-6b": "first version", "deepseek-r1": "mla",
     "llama-3.1-8b-finetune": "quantised", "mixtral-8x22b-wizardlm2": "moe", "qwen-7b-chat-int4": "quantised",
-    "qwen3-1.7b": "qk_norm", "qwen3-32b": "qk_norm", "deepseek-v3-base": "quantised",
+    "qwen3-1.7b": "qk_norm", "qwen3-32b": "qk_norm", "deepseek-v3-base": "mla",
 }  # fmt: skip
 
 

@@ -7,7 +7,6 @@ configs, a sliding window, mixtures of experts with one tensor an expert), a tok
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -18,12 +17,6 @@ import torch
 from torch import nn
 
 _YI = {"rope_theta": 5e6, "num_key_value_heads": 2}
-_DEEPSEEK_V3 = {
-    "num_key_value_heads": 6, "head_dim": 8, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,
-    "topk_group": 1, "moe_intermediate_size": 40, "first_k_dense_replace": 1, "n_shared_experts": 1,
-}  # fmt: skip
-
 # name: (name in `checkpoints`, overrides of its config)
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama_rope5": ("llama", {}),
@@ -36,37 +29,22 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 _SAME = (
     "llama", "llama_bias", "llama_tied", "qwen", "qwen_2023", "qwen2", "qwen2_tied", "baichuan", "baichuan2",
     "baichuan_13b", "chatglm2", "glm4_9b", "glm", "glm4", "mistral", "internlm2", "phi3", "gemma", "granite",
-    "seed_oss", "ernie4_5", "qwen3", "mixtral", "qwen2_moe",
+    "seed_oss", "ernie4_5", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3",
+    "moonlight", "glm4_moe", "deepseek_moe",
 )  # fmt: skip
-ARCHITECTURES: tuple[str, ...] = (*_SAME, *_VARIANTS, "deepseek_v3")
+ARCHITECTURES: tuple[str, ...] = (*_SAME, *_VARIANTS)
 
 _TEXT = ["the quick brown fox jumps over the lazy dog", "one head normalises what another head attends to"]
 _TEMPLATE = "{% for message in messages %}<s>{{ message.role }} {{ message.content }}</s>{% endfor %}"
 
 
 def _native(arch: str, seed: int, overrides: Mapping[str, Any]) -> nn.Module:
-    import transformers
-
-    cls, extra = ("DeepseekV3Config", _DEEPSEEK_V3) if arch == "deepseek_v3" else checkpoints.NATIVE[arch]
-    config = getattr(transformers, cls)(**{**checkpoints.BASE, **extra, **overrides})
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    checkpoints.randomise(model, seed)
+    model = checkpoints.build_native(arch, seed, **overrides)
     with torch.no_grad():
         for parameter in model.parameters():
             if arch == "gemma" and parameter.ndim == 1:
                 parameter.sub_(1.0)  # its norms multiply by 1 + weight
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
-                buffer.normal_(0.0, 0.2, generator=torch.Generator().manual_seed(seed))
-    return model.eval()
-
-
-def _saved(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What transformers writes: it names experts one by one and leaves a tied head out."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        state = {name: tensor.clone() for name, tensor in checkpoints.tensors(Path(folder)).items()}
-        return state, json.loads((Path(folder) / "config.json").read_text())
+    return model
 
 
 def make(
@@ -93,7 +71,7 @@ def make(
         model, config = checkpoints.build_remote(base, seed, **overrides)
         state, config = model.state_dict(), {**config, "torch_dtype": dtype}
     else:
-        state, config = _saved(_native(base, seed, overrides))
+        state, config = checkpoints.saved(_native(base, seed, overrides))
         config["dtype"] = dtype
         if config_form == "4" and arch != "llama_rope5":
             config = checkpoints._as_transformers_4(config)

@@ -30,7 +30,8 @@ from llmconvert.converters.running import Progress, Report, run
 from llmconvert.engine.plan import Plan, WeightFile
 from llmconvert.engine.publish import check_destination
 from llmconvert.errors import BadInput, Refused, Usage
-from llmconvert.spec.dialect import Lifted, lift, read_config, refuse_quantised
+from llmconvert.spec.dialect import Lifted, lift, read_config
+from llmconvert.spec.fused import unfused
 from llmconvert.spec.language import Spec
 from llmconvert.spec.registry import registry
 from llmconvert.tensors.expressions import cast
@@ -118,11 +119,10 @@ def plan_split(
     if divisible_by < 1:
         raise Usage("`--make-vocab-size-divisible-by` must be at least 1")
     known = registry(spec_file)
-    checkpoint = open_checkpoint(source)
-    refuse_quantised(checkpoint)
+    checkpoint = unfused(open_checkpoint(source))
     spec = known.detect(checkpoint.config)
     config = read_config(spec, checkpoint.config, checkpoint.tensors)
-    lifted = lift(spec, checkpoint, config)
+    lifted = lift(spec, checkpoint, config, dtype=FROM_NAME[dtype or "bfloat16"])
     model, steps = lower_to_megatron(lifted.model, checkpoint)
     if dtype:
         model = replace(model, tensors={name: cast(e, FROM_NAME[dtype]) for name, e in model.tensors.items()})

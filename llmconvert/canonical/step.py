@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from llmconvert.canonical.model import CanonicalConfig, CanonicalModel
+from llmconvert.canonical.model import CanonicalConfig, CanonicalModel, names
 from llmconvert.tensors.expressions import Expression, cast
 
 Rewrite = Callable[[Expression], Expression]
@@ -37,14 +37,13 @@ class Step:
 def edit(
     model: CanonicalModel, modules: Collection[str], rewrite: Rewrite, params: tuple[str, ...] = ("weight", "bias")
 ) -> dict[str, Expression]:
-    """The model's tensors with `rewrite` applied to some parameters of some modules, in every layer."""
+    """The model's tensors with `rewrite` applied to some parameters of some modules, wherever they are."""
     tensors = dict(model.tensors)
     for module in modules:
-        for i in range(model.config.num_hidden_layers if "{i}" in module else 1):
+        for name in names(model.config, module):
             for param in params:
-                name = f"{module.replace('{i}', str(i))}.{param}"
-                if name in tensors:
-                    tensors[name] = rewrite(tensors[name])
+                if f"{name}.{param}" in tensors:
+                    tensors[f"{name}.{param}"] = rewrite(tensors[f"{name}.{param}"])
     return tensors
 
 

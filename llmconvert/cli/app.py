@@ -32,7 +32,13 @@ Destination = Annotated[
     Path, typer.Argument(metavar="DST", help="directory to make; it appears only when whole and proved")
 ]
 SpecFile = Annotated[Path | None, typer.Option("--spec", metavar="FILE.py", help="a spec from outside the package")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; each tensor's own if absent")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, bfloat16, float16 or fp8-block128; each tensor's own if absent, FP8 to bfloat16"),
+]
+KeepFp8 = Annotated[
+    bool, typer.Option("--keep-fp8", help="move FP8 weights and their scales as they are, byte for byte")
+]
 ShardSize = Annotated[str, typer.Option(help="largest weight file, such as 5GB or 500MB")]
 Verify = Annotated[str, typer.Option(help="none; weights (ledger and round trip); logits (run both models as well)")]
 Workers = Annotated[int | None, typer.Option(help="threads; as many as processors, at most 8, if absent")]
@@ -74,6 +80,7 @@ def _conversion(to: str | None, accept: Accept) -> Callable[..., None]:
             spec_file: SpecFile = None,
             dtype: Dtype = None,
             max_shard_size: ShardSize = "5GB",
+            keep_fp8: KeepFp8 = False,
             verify: Verify = "logits",
             device: Device = "auto",
             load: Load = "auto",
@@ -96,6 +103,7 @@ def _conversion(to: str | None, accept: Accept) -> Callable[..., None]:
         spec_file: SpecFile = None,
         dtype: Dtype = None,
         max_shard_size: ShardSize = "5GB",
+        keep_fp8: KeepFp8 = False,
         verify: Verify = "logits",
         device: Device = "auto",
         load: Load = "auto",
@@ -114,7 +122,7 @@ def _conversion(to: str | None, accept: Accept) -> Callable[..., None]:
 
 
 _OPTIONS = frozenset(
-    {"spec_file", "dtype", "max_shard_size", "verify", "device", "load", "workers", "overwrite", "resume", "dry_run", "sync",
+    {"spec_file", "dtype", "max_shard_size", "keep_fp8", "verify", "device", "load", "workers", "overwrite", "resume", "dry_run", "sync",
      "json", "quiet"}
 )  # fmt: skip
 

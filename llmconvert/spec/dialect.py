@@ -18,12 +18,17 @@ from llmconvert.errors import BadInput, Refused
 from llmconvert.spec import keys
 from llmconvert.spec.expand import all_rows, bind
 from llmconvert.spec.language import Field, Spec
-from llmconvert.tensors.expressions import Check, Expression, stored
+from llmconvert.spec.quantised import FP8, SCALE, quantisation
+from llmconvert.tensors.expressions import Check, Expression, block_grid, cast, dequantize, stored
 
-_INTEGERS = frozenset(f.name for f in dataclasses.fields(CanonicalConfig) if f.type == "int")
+_INTEGERS = {
+    f.name: (f.default is dataclasses.MISSING, "None" in str(f.type))
+    for f in dataclasses.fields(CanonicalConfig)
+    if str(f.type).startswith("int")
+}
+"""Attributes that are whole numbers: whether they must be positive, and whether they may be None."""
 
-_QUANTISED_SUFFIXES = (".qweight", ".qzeros", ".g_idx", ".SCB", ".weight_format", ".weight_scale", ".weight_scale_inv",
-                       ".weight_packed", ".quant_state.bitsandbytes__nf4", ".absmax", ".scales", ".biases")  # fmt: skip
+_SCALE_DTYPES = FLOATS | {"U8", "F8_E8M0"}
 
 _BIASES = {"qkv_bias": canonical.Q, "o_bias": canonical.O, "mlp_bias": canonical.DOWN}
 
@@ -41,25 +46,6 @@ class Lifted:
     model: CanonicalModel
     dropped: dict[str, str]
     notes: tuple[str, ...]
-
-
-def refuse_quantised(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose weights are quantised.
-
-    Raises:
-        Refused: naming the method, from the config or from the tensors' names.
-    """
-    settings = checkpoint.config.get("quantization_config")
-    odd = sorted(name for name in checkpoint.tensors if name.endswith(_QUANTISED_SUFFIXES))
-    if not settings and not odd:
-        return
-    method = (settings or {}).get("quant_method") if isinstance(settings, dict) else None
-    evidence = f"`{odd[0]}` and {len(odd) - 1} more such tensors" if odd else "`quantization_config`"
-    raise Refused(
-        f"the checkpoint is quantised ({method or 'unknown method'}: {evidence}); its numbers are not weights",
-        where=str(checkpoint.path),
-        hint="convert the original 16-bit checkpoint, or dequantise this one first with the library that made it",
-    )
 
 
 def keys_read(spec: Spec) -> set[str]:
@@ -87,15 +73,20 @@ def read_config(spec: Spec, config: Mapping[str, Any], names: Iterable[str] | No
             found = f.read(config, values)
         except (TypeError, AttributeError) as error:
             raise BadInput(f"`{', '.join(f.keys)}` has a senseless value: {error}", where="config.json") from None
-        for attribute in _INTEGERS & set(found):
-            value = found[attribute]
-            if type(value) is not int or value <= 0:
-                raise BadInput(f"`{attribute}` is {value!r}, which is not a positive whole number", where="config.json")
+        for attribute in _INTEGERS.keys() & found:
+            value, (positive, optional) = found[attribute], _INTEGERS[attribute]
+            if (value is None and optional) or (type(value) is int and value >= positive):
+                continue
+            raise BadInput(f"`{attribute}` is {value!r}, which is not a positive whole number", where="config.json")
         values |= found
     if values["num_attention_heads"] % values["num_key_value_heads"]:
         raise BadInput("num_attention_heads is not a multiple of num_key_value_heads", where="config.json")
-    if names is not None:
-        _settle_biases(spec, config, values, set(names))
+    present = None if names is None else set(names)
+    if present is not None:
+        _settle_biases(spec, config, values, present)
+    if "mtp" in spec.holds:
+        _settle_mtp(spec, values, present)
+    _check_experts(values)
     dtype = config.get("dtype") or config.get("torch_dtype")
     return CanonicalConfig(**values, dtype=dtype if isinstance(dtype, str) else None)
 
@@ -118,21 +109,54 @@ def _settle_biases(spec: Spec, config: Mapping[str, Any], values: dict[str, Any]
             )
 
 
-def lift(spec: Spec, checkpoint: Checkpoint, config: CanonicalConfig | None = None) -> Lifted:
+def _settle_mtp(spec: Spec, values: dict[str, Any], names: set[str] | None) -> None:
+    """The tensors decide how many layers predict further tokens: fine-tuned checkpoints keep the key and lose the layers."""
+    if names is None:
+        values["mtp_copies"] = values["num_nextn_predict_layers"] > 0
+        return
+    stored = {row.modules[0]: row.stored.replace("{p}", "weight") for row in all_rows(spec)}
+    first, count = values["num_hidden_layers"], 0
+    while stored[canonical.MTP_PROJ].replace("{i}", str(first + count)) in names:
+        count += 1
+    values["num_nextn_predict_layers"] = count
+    values["mtp_copies"] = stored[canonical.MTP_EMBED].replace("{i}", str(first)) in names
+
+
+def _check_experts(values: Mapping[str, Any]) -> None:
+    experts, groups = values.get("num_experts", 0), values.get("n_group", 1)
+    if not experts:
+        return
+    chosen, best = values.get("num_experts_per_tok", 0), values.get("topk_group", 1)
+    if not 0 < chosen <= experts:
+        raise BadInput(f"num_experts_per_tok {chosen} of {experts} experts", where="config.json")
+    if groups < 1 or experts % groups or not 0 < best <= groups or chosen > experts // groups * best:
+        raise BadInput(f"{chosen} of {experts} experts in the best {best} of {groups} groups", where="config.json")
+
+
+def lift(
+    spec: Spec, checkpoint: Checkpoint, config: CanonicalConfig | None = None, *, dtype: str = "BF16",
+    keep_fp8: bool = False,
+) -> Lifted:  # fmt: skip
     """Read a checkpoint's headers by its spec.
+
+    Args:
+        spec: the dialect.
+        checkpoint: with one tensor an expert: see `unfused`.
+        config: its config, read; read here if None.
+        dtype: the dtype code that FP8 weights are rounded to once they are dequantised.
+        keep_fp8: leave FP8 weights as they are, each with its scales under its own name and `_scale_inv`.
 
     Raises:
         BadInput: tensors are missing, left over or misshapen; all are listed.
-        Refused: the checkpoint is quantised, or its config cannot be read.
+        Refused: the checkpoint is quantised in a way that is not understood, or its config cannot be read.
     """
-    refuse_quantised(checkpoint)
+    block = quantisation(checkpoint)
     c = config or read_config(spec, checkpoint.config, checkpoint.tensors)
     bindings = bind(spec, c)
     remaining = dict(checkpoint.tensors)
     dropped: dict[str, str] = {}
     for drop in spec.drops:
-        for i in range(c.num_hidden_layers if "{i}" in drop.stored else 1):
-            name = drop.stored.replace("{i}", str(i))
+        for name in canonical.names(c, drop.stored):
             if name in remaining:
                 dropped[name] = drop.why
                 del remaining[name]
@@ -145,6 +169,25 @@ def lift(spec: Spec, checkpoint: Checkpoint, config: CanonicalConfig | None = No
             missing.append((binding.stored, f"{list(binding.shape)}"))
         elif tensor.shape != binding.shape:
             misshapen.append((binding.stored, f"{list(tensor.shape)}, expected {list(binding.shape)}"))
+        elif tensor.dtype == FP8 and block is not None:
+            scale = remaining.pop(binding.stored + SCALE, None)
+            grid = block_grid(tensor.shape, block) if len(tensor.shape) == 2 else None
+            if scale is None:
+                missing.append((binding.stored + SCALE, "the scales of an FP8 tensor"))
+            elif scale.shape != grid or scale.dtype not in _SCALE_DTYPES:
+                found = f"{scale.dtype} {list(scale.shape)}"
+                misshapen.append((scale.name, f"{found}, expected one a block of {list(block)}: {grid}"))
+            elif not keep_fp8:
+                plain = cast(dequantize(stored(tensor), stored(scale), block), dtype)
+                tensors |= binding.take_apart(plain, c)
+            elif len(binding.parts) > 1:
+                raise Refused(
+                    f"`{binding.stored}` packs several tensors, so its FP8 numbers cannot be kept",
+                    hint="leave out `--keep-fp8`: they are dequantised exactly",
+                )
+            else:
+                tensors[binding.parts[0]] = stored(tensor)
+                tensors[binding.parts[0] + SCALE] = stored(scale)
         elif tensor.dtype not in FLOATS:
             misshapen.append((binding.stored, f"dtype {tensor.dtype}, expected a float type"))
         else:
@@ -153,7 +196,14 @@ def lift(spec: Spec, checkpoint: Checkpoint, config: CanonicalConfig | None = No
     if missing or misshapen or remaining:
         raise _unexplained(spec, checkpoint, c, missing, misshapen, sorted(remaining))
     notes = tuple(n.text for n in spec.notes if checkpoint.config.get(n.key) not in (None, False, 1, 1.0))
-    ordered = {name: tensors[name] for name in canonical.shapes(c)}
+    predicted = checkpoint.config.get("num_nextn_predict_layers") or 0
+    if "mtp" in spec.holds and predicted != c.num_nextn_predict_layers:
+        notes += (
+            f"config.json says num_nextn_predict_layers {predicted}, the checkpoint holds {c.num_nextn_predict_layers} "
+            "such layers: the tensors are believed",
+        )
+    places = (place for name in canonical.shapes(c) for place in (name, name + SCALE))
+    ordered = {name: tensors[name] for name in places if name in tensors}
     return Lifted(CanonicalModel(c, ordered, tuple(checks)), dropped, checkpoint.notes + notes)
 
 
@@ -240,4 +290,15 @@ def write_config(spec: Spec, config: CanonicalConfig, carried: Mapping[str, Any]
 
 def emit(spec: Spec, model: CanonicalModel) -> dict[str, Expression]:
     """The stored tensors of a model in the spec's dialect, in writing order."""
-    return {b.stored: b.put_together(model.tensors, model.config) for b in bind(spec, model.config)}
+    result: dict[str, Expression] = {}
+    for binding in bind(spec, model.config):
+        result[binding.stored] = binding.put_together(model.tensors, model.config)
+        scales = [name + SCALE for name in binding.parts if name + SCALE in model.tensors]
+        if scales and len(binding.parts) > 1:
+            raise Refused(
+                f"`{binding.stored}` packs several tensors, which have scales of their own in FP8",
+                hint="choose another target, or a 16-bit dtype",
+            )
+        if scales:
+            result[binding.stored + SCALE] = model.tensors[scales[0]]
+    return result

@@ -81,24 +81,20 @@ def all_rows(spec: Spec) -> tuple[Row, ...]:
 def bind(spec: Spec, config: CanonicalConfig) -> list[Binding]:
     """Every stored tensor a model of this config has in the spec's architecture, in the order of the model's layers."""
     shapes = canonical.shapes(config)
-    expected = _rows_by_first_module(spec)
-    layers = range(config.num_hidden_layers)
-    before = [m for m in (canonical.EMBED,)]
-    inside = [m for m in canonical.MODULES if "{i}" in m]
-    after = [m for m in canonical.MODULES if "{i}" not in m and m not in before]
-    order = [(m, 0) for m in before] + [(m, i) for i in layers for m in inside] + [(m, 0) for m in after]
+    expected = {row.modules[0]: row for row in all_rows(spec)}
     bindings: list[Binding] = []
-    for module, i in order:
+    for module, name, i in canonical.placed(config):
         row = expected.get(module)
         if row is None:
             continue
-        for param in ("weight", "bias") if "{p}" in row.stored else ("weight",):
-            parts = tuple(f"{m.replace('{i}', str(i))}.{param}" for m in row.modules)
-            if parts[0] in shapes:
-                stored = row.stored.replace("{i}", str(i)).replace("{p}", param)
-                bindings.append(Binding(stored, row, parts, tuple(shapes[name] for name in parts)))
+        j = name.removeprefix(f"model.layers.{i}.mlp.experts.").partition(".")[0]
+        for param in canonical.PARAMS if "{p}" in row.stored else ("weight",):
+            if f"{name}.{param}" in shapes:
+                parts = tuple(f"{_placed(m, i, j)}.{param}" for m in row.modules)
+                stored = _placed(row.stored, i, j).replace("{p}", param)
+                bindings.append(Binding(stored, row, parts, tuple(shapes[part] for part in parts)))
     return bindings
 
 
-def _rows_by_first_module(spec: Spec) -> dict[str, Row]:
-    return {row.modules[0]: row for row in all_rows(spec)}
+def _placed(template: str, i: int, j: str) -> str:
+    return template.replace("{i}", str(i)).replace("{j}", j)

@@ -27,6 +27,7 @@ class Field:
         times: canonical value = stored value × times.
         only_if: a boolean key that must be true for `key` to count; otherwise the default holds.
         values: stored values with another canonical spelling.
+        also: further keys the value is written under, and read from.
     """
 
     attribute: str
@@ -36,6 +37,7 @@ class Field:
     times: float = 1.0
     only_if: str | None = None
     values: tuple[tuple[str, str], ...] = ()
+    also: tuple[str, ...] = ()
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -45,7 +47,7 @@ class Field:
     @property
     def keys(self) -> tuple[str, ...]:
         """The config keys it understands."""
-        return (self.key, *self.aliases, *((self.only_if,) if self.only_if else ()))
+        return (self.key, *self.also, *self.aliases, *((self.only_if,) if self.only_if else ()))
 
     def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
         """Attribute values from a config; `done` holds those read before.
@@ -53,7 +55,9 @@ class Field:
         Raises:
             BadInput: a required key is missing or not a number where one is needed.
         """
-        value = next((config[key] for key in (self.key, *self.aliases) if config.get(key) is not None), None)
+        value: Any = next(
+            (config[key] for key in (self.key, *self.also, *self.aliases) if config.get(key) is not None), None
+        )
         if self.only_if is not None and not config.get(self.only_if):
             value = None
         if value is None:
@@ -63,7 +67,10 @@ class Field:
             if isinstance(value, str) and value.startswith("="):
                 value = done[value[1:]]
             return dict.fromkeys(self.attributes, value)
-        value = dict(self.values).get(value, value) if isinstance(value, str) else value
+        if isinstance(value, str):
+            value = dict(self.values).get(value, value)
+        elif isinstance(value, list):
+            value = tuple(value)
         if self.times != 1.0:
             value = float(value) * self.times
             value = int(value) if value.is_integer() else value
@@ -75,7 +82,7 @@ class Field:
         if self.times != 1.0:
             value = value / self.times
             value = int(value) if float(value).is_integer() else value
-        return {self.key: value, **({self.only_if: True} if self.only_if else {})}
+        return {**dict.fromkeys((self.key, *self.also), value), **({self.only_if: True} if self.only_if else {})}
 
 
 @dataclass(frozen=True)
@@ -290,7 +297,121 @@ class Window:
         return {self.key: window, **({self.switch: window is not None} if self.switch else {})}
 
 
-AnyField = Field | Fixed | HeadDim | SquareRoot | SoftmaxScale | ByArchitecture | WithoutKey | Window | Rope
+@dataclass(frozen=True)
+class LeadingDense:
+    """Which layers have experts: all but the first few (DeepSeek)."""
+
+    key: str = "first_k_dense_replace"
+    attributes = ("moe_layers",)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The config key it understands."""
+        return (self.key,)
+
+    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
+        """A flag a layer."""
+        first = config.get(self.key) or 0
+        return {"moe_layers": tuple(i >= first for i in range(done["num_hidden_layers"]))}
+
+    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
+        """The number of dense layers.
+
+        Raises:
+            Refused: there are dense layers after the first with experts.
+        """
+        dense = config.moe_layers.count(False)
+        if any(config.moe_layers[:dense]):
+            raise Refused(f"{target} has its dense layers first; the checkpoint has them elsewhere too")
+        return {self.key: dense}
+
+
+@dataclass(frozen=True)
+class SparseStep:
+    """Which layers have experts: every so many, but for a list of dense ones (Qwen2-MoE)."""
+
+    step: str = "decoder_sparse_step"
+    dense: str = "mlp_only_layers"
+    attributes = ("moe_layers",)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The config keys it understands."""
+        return (self.step, self.dense)
+
+    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
+        """A flag a layer."""
+        step, dense = config.get(self.step) or 1, set(config.get(self.dense) or ())
+        layers = range(done["num_hidden_layers"])
+        return {"moe_layers": tuple(i not in dense and (i + 1) % step == 0 for i in layers)}
+
+    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
+        """The list of dense layers, every layer having experts else."""
+        return {self.step: 1, self.dense: [i for i, experts in enumerate(config.moe_layers) if not experts]}
+
+
+@dataclass(frozen=True)
+class AllLayers:
+    """Every layer has experts (Mixtral)."""
+
+    attributes = ("moe_layers",)
+    keys: tuple[str, ...] = ()
+
+    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
+        """A flag a layer."""
+        return {"moe_layers": (True,) * done["num_hidden_layers"]}
+
+    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
+        """Nothing to write: a model with dense layers is refused by its traits."""
+        return {}
+
+
+@dataclass(frozen=True)
+class SharedExperts:
+    """The width of all shared experts together: their number times a routed expert's width (DeepSeek)."""
+
+    key: str = "n_shared_experts"
+    attributes = ("shared_expert_intermediate_size",)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The config key it understands."""
+        return (self.key,)
+
+    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
+        """The width, 0 where there are none."""
+        return {"shared_expert_intermediate_size": (config.get(self.key) or 0) * done["moe_intermediate_size"]}
+
+    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
+        """Their number.
+
+        Raises:
+            Refused: the width is not a multiple of a routed expert's.
+        """
+        number, rest = divmod(config.shared_expert_intermediate_size, config.moe_intermediate_size)
+        if rest:
+            raise Refused(
+                f"{target} has shared experts of whole multiples of {config.moe_intermediate_size}; the checkpoint's "
+                f"are {config.shared_expert_intermediate_size} wide"
+            )
+        return {self.key: number or None}
+
+
+AnyField = (
+    LeadingDense
+    | SparseStep
+    | AllLayers
+    | SharedExperts
+    | Field
+    | Fixed
+    | HeadDim
+    | SquareRoot
+    | SoftmaxScale
+    | ByArchitecture
+    | WithoutKey
+    | Window
+    | Rope
+)
 
 LLAMA_FIELDS: tuple[AnyField, ...] = (
     Field("hidden_size", "hidden_size"),

@@ -25,6 +25,15 @@ MATHS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 """Keys that change what a model computes, each with the values that mean nothing special."""
 
+EXPERTS = (
+    "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "scoring_func", "topk_method", "n_group",
+    "topk_group", "first_k_dense_replace", "moe_layer_freq", "decoder_sparse_step", "mlp_only_layers",
+    "n_shared_experts", "shared_expert_intermediate_size", "moe_intermediate_size", "n_routed_experts", "num_experts",
+    "num_local_experts", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim",
+    "v_head_dim", "rope_interleave", "num_nextn_predict_layers",
+)  # fmt: skip
+"""Keys that say something of experts, latent attention or further tokens: never carried into another architecture."""
+
 _STRUCTURE = frozenset(
     {"architectures", "model_type", "auto_map", "transformers_version", "_name_or_path", "_from_model_config",
      "torch_dtype", "dtype", "quantization_config", "rope_parameters", "rope_scaling", "rope_theta", "head_dim",
@@ -80,4 +89,4 @@ def _neutral(key: str, config: Mapping[str, Any], neutral: tuple[Any, ...]) -> b
 
 def carried(config: Mapping[str, Any], read: set[str]) -> dict[str, Any]:
     """The keys to carry over as they are: token ids, dropout, labels, and whatever nobody reads."""
-    return {k: v for k, v in config.items() if k not in read and k not in _STRUCTURE and k not in MATHS}
+    return {k: v for k, v in config.items() if k not in {*read, *_STRUCTURE, *MATHS, *EXPERTS}}

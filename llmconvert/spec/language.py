@@ -15,12 +15,16 @@ from typing import Any
 from llmconvert.canonical.model import CanonicalConfig
 from llmconvert.spec.fields import (
     LLAMA_FIELDS,
+    AllLayers,
     AnyField,
     ByArchitecture,
     Field,
     Fixed,
     HeadDim,
+    LeadingDense,
+    SharedExperts,
     SoftmaxScale,
+    SparseStep,
     SquareRoot,
     Window,
     WithoutKey,
@@ -35,7 +39,8 @@ class Row:
     """One stored tensor (per layer) and the canonical modules it holds.
 
     Attributes:
-        stored: its name; `{i}` is the layer, `{p}` is `weight` and, where the modules have one, `bias`.
+        stored: its name; `{i}` is the layer, `{j}` the expert, `{p}` is `weight` and, where the modules have
+            one, `bias` or `e_score_correction_bias`.
         modules: the canonical modules in it, in order.
         pack: `concat` (one after the other along the output axis) or `grouped` (per key/value head: its query
             heads, its key, its value).
@@ -53,7 +58,7 @@ def row(stored: str, *modules: str, pack: str = "concat") -> Row:
 
 @dataclass(frozen=True)
 class Drop:
-    """A stored tensor (per layer where it has `{i}`) that holds nothing to convert, and why."""
+    """A stored tensor (per layer where it has `{i}`, per expert where it has `{j}`) that holds nothing to convert, and why."""
 
     stored: str
     why: str
@@ -102,7 +107,7 @@ class Spec:
         weights: rows that differ from Llama's.
         drops: stored tensors left out.
         holds: traits it can have as a target.
-        always: traits it has as a target whatever the model.
+        always: traits it has as a target whatever the model; one that no rewrite adds the model must have.
         coupled: groups of traits it has together or not at all.
         requires: keys that change the maths, with the only value the spec describes: another one is refused, an absent
             one means it; it is written too.
@@ -145,17 +150,21 @@ class Spec:
 
 
 __all__ = [
+    "AllLayers",
     "AnyField",
     "ByArchitecture",
     "Drop",
     "Field",
     "Fixed",
     "HeadDim",
+    "LeadingDense",
     "Note",
     "Refusal",
     "Rope",
     "Row",
+    "SharedExperts",
     "SoftmaxScale",
+    "SparseStep",
     "Spec",
     "SquareRoot",
     "Window",

@@ -35,9 +35,9 @@ def validate(spec: Spec, where: str) -> None:
     for trait in (*spec.holds, *spec.always, *(t for group in spec.coupled for t in group)):
         if trait not in TRAITS:
             raise fault(f"`{trait}` is not a trait (they are: {', '.join(sorted(TRAITS))})")
-    for trait in (*spec.always, *(t for group in spec.coupled for t in group)):
-        if trait not in ADD:
-            raise fault(f"no lowering adds `{trait}`, so it cannot be in `always` or `coupled`")
+    for group in spec.coupled:
+        if not set(group) & set(ADD):
+            raise fault(f"no lowering adds any of {', '.join(f'`{t}`' for t in group)}, so they cannot be coupled")
     owner: dict[str, object] = {}
     for field in spec.config:
         for attribute in field.attributes:
@@ -61,8 +61,11 @@ def _validate_rows(spec: Spec, fault: object) -> None:
             if module in owners:
                 raise fault(f"`{module}` is in two rows: `{owners[module].stored}` and `{row.stored}`")
             owners[module] = row
-            if ("{i}" in module) != ("{i}" in row.stored):
-                raise fault(f"row `{row.stored}` and module `{module}` must both be per layer (`{{i}}`) or neither")
+            for each, what in (("{i}", "layer"), ("{j}", "expert")):
+                if (each in module) != (each in row.stored):
+                    raise fault(
+                        f"row `{row.stored}` and module `{module}` must both be per {what} (`{each}`) or neither"
+                    )
         if row.pack not in _PACKS:
             raise fault(f"row `{row.stored}` has the unknown pack {row.pack!r} (known: {', '.join(_PACKS)})")
         if row.pack == "grouped" and row.modules != (Q, K, V):

@@ -6,6 +6,7 @@ Arithmetic goes through torch, imported when the first block needs it.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -19,15 +20,19 @@ from llmconvert.checkpoint.dtypes import ITEMSIZE, TO_NAME, carrier
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.errors import BadInput, Refused
 from llmconvert.tensors.expressions import (
+    LARGEST_E4M3,
     Beside,
+    BlockScales,
     Cast,
     Columns,
     Concat,
+    Dequantize,
     Expression,
     Fill,
     Gather,
     Interleave,
     NormalizeRows,
+    Quantize,
     Rows,
     Scale,
     Shift,
@@ -130,12 +135,83 @@ def _arithmetic(expression: Expression, operand: Expression, block: Block) -> Bl
             result = torch.nn.functional.normalize(value, dim=-1)
         case _:
             result = value.to(getattr(torch, TO_NAME[expression.dtype]))
-            if ITEMSIZE[expression.dtype] == 2 and bool((result.isinf() & ~value.isinf()).any()):
+            infinite = result.isinf() if ITEMSIZE[expression.dtype] == 2 else None
+            if infinite is not None and bool(infinite.any()) and bool((infinite & ~value.isinf()).any()):
                 raise Refused(
                     f"values of {_origin(operand)} overflow to infinity in {TO_NAME[expression.dtype]}",
                     hint="use `--dtype bfloat16` or `--dtype float32`",
                 )
     return _from_torch(result, expression.dtype)
+
+
+def _e4m3(block: Block) -> torch.Tensor:
+    """E4M3 numbers as float32, 2^8 times too small.
+
+    Shifted by 7 the bits are a float16, whose exponent counts from 15 and not from 7; that widens fast.
+    """
+    import torch
+
+    bits = torch.from_numpy(np.ascontiguousarray(block).view(np.int8))
+    wide = bits.to(torch.int16)
+    value = ((wide & 0x7F) << 7 | (wide & -0x8000)).view(torch.float16).float()
+    nan = (wide & 0x7F) == 0x7F
+    return value.masked_fill_(nan, math.nan) if bool(nan.any()) else value
+
+
+def _scales(block: Block, dtype: str) -> torch.Tensor:
+    """Scales as float32."""
+    import torch
+
+    if dtype in ("U8", "F8_E8M0"):
+        powers = np.ldexp(np.float32(1), block.astype(np.int32) - 127)
+        return torch.from_numpy(np.where(block == 255, np.float32(math.nan), powers))
+    return to_torch(np.ascontiguousarray(block), dtype).float()
+
+
+def _bands(
+    expression: Dequantize | Quantize, start: int, stop: int, reader: Reader
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """For rows `start` to `stop`, slices of them that share scales, and the scale of every column."""
+    height, width = expression.block
+    first = start // height
+    scales = _scales(evaluate(expression.scale, first, -(-stop // height), reader), expression.scale.dtype)
+    column = expression.column if isinstance(expression, Dequantize) else 0
+    columns = scales.repeat_interleave(width, dim=1)[:, column : column + expression.shape[1]]
+    for k, row in enumerate(columns):
+        low, high = max((first + k) * height, start), min((first + k + 1) * height, stop)
+        yield slice(low - start, high - start), row
+
+
+def _dequantized(expression: Dequantize, start: int, stop: int, reader: Reader) -> Block:
+    value = _e4m3(evaluate(expression.operand, start, stop, reader))
+    for band, scales in _bands(expression, start, stop, reader):
+        value[band] *= scales * 256.0  # exact: a power of two
+    return _from_torch(value, "F32")
+
+
+def _quantized(expression: Quantize, start: int, stop: int, reader: Reader) -> Block:
+    import torch
+
+    value = to_torch(evaluate(expression.operand, start, stop, reader), expression.operand.dtype).float()
+    for band, scales in _bands(expression, start, stop, reader):
+        value[band] /= torch.where(scales == 0, 1.0, scales)
+    quantised = value.clamp_(-LARGEST_E4M3, LARGEST_E4M3).to(torch.float8_e4m3fn)
+    array: Block = quantised.view(torch.uint8).numpy()
+    return array
+
+
+def _block_scales(expression: BlockScales, start: int, stop: int, reader: Reader) -> Block:
+    import torch
+
+    (height, width), operand = expression.block, expression.operand
+    found = []
+    for k in range(start, stop):
+        block = evaluate(operand, k * height, min((k + 1) * height, operand.rows), reader)
+        largest = to_torch(np.ascontiguousarray(block), operand.dtype).float().abs().amax(0)
+        padded = torch.nn.functional.pad(largest, (0, expression.shape[1] * width - len(largest)))
+        found.append(padded.view(-1, width).amax(1) / LARGEST_E4M3)
+    scales = torch.stack(found)
+    return _from_torch(torch.where(scales == 0, 1.0, scales), "F32")
 
 
 def _group_indices(expression: Gather, start: int, stop: int) -> npt.NDArray[np.int64]:
@@ -223,6 +299,12 @@ def evaluate(expression: Expression, start: int, stop: int, reader: Reader) -> B
             return _from_torch(
                 torch.full(shape, value, dtype=getattr(torch, TO_NAME[expression.dtype])), expression.dtype
             )
+        case Dequantize():
+            return _dequantized(expression, start, stop, reader)
+        case Quantize():
+            return _quantized(expression, start, stop, reader)
+        case BlockScales():
+            return _block_scales(expression, start, stop, reader)
         case Scale(operand=operand) | Shift(operand=operand) | NormalizeRows(operand=operand) | Cast(operand=operand):
             return _arithmetic(expression, operand, evaluate(operand, start, stop, reader))
     raise TypeError(f"not an expression: {expression!r}")

@@ -139,6 +139,46 @@ class Cast(_Unary):
 
 
 @dataclass(frozen=True)
+class Dequantize(Expression):
+    """Block-wise quantised numbers times their blocks' scales, in float32.
+
+    Element [m, n] is operand[m, n] · scale[m // block[0], (column + n) // block[1]]; blocks at the edges are cropped
+    (deepseek-ai/DeepSeek-V3, README_WEIGHTS.md). A scale in E8M0 or U8 is 2^(b - 127).
+    """
+
+    operand: Expression
+    scale: Expression
+    block: tuple[int, int]
+    column: int
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        """The numbers and the scales."""
+        return (self.operand, self.scale)
+
+
+@dataclass(frozen=True)
+class BlockScales(_Unary):
+    """The scale of each block of a matrix, in float32: its largest magnitude over `LARGEST_E4M3`, 1 for a block of zeros."""
+
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Quantize(Expression):
+    """A matrix over its blocks' scales, rounded to E4M3 (to nearest, ties to even, saturating): see `Dequantize`."""
+
+    operand: Expression
+    scale: Expression
+    block: tuple[int, int]
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        """The numbers and the scales."""
+        return (self.operand, self.scale)
+
+
+@dataclass(frozen=True)
 class Concat(Expression):
     """Operands stacked along axis 0."""
 
@@ -210,8 +250,15 @@ def columns(operand: Expression, start: int, stop: int) -> Expression:
         raise ValueError(f"columns {start}:{stop} of shape {operand.shape}")
     if (start, stop) == (0, operand.shape[1]):
         return operand
-    if isinstance(operand, Columns):
-        return columns(operand.operand, operand.start + start, operand.start + stop)
+    match operand:
+        case Columns(operand=inner, start=first):
+            return columns(inner, first + start, first + stop)
+        case Cast(operand=inner, dtype=dtype):
+            return cast(columns(inner, start, stop), dtype)
+        case Dequantize(operand=inner, scale=scales, block=block, column=first):
+            return Dequantize(
+                (operand.shape[0], stop - start), "F32", columns(inner, start, stop), scales, block, first + start
+            )
     return Columns((operand.shape[0], stop - start), operand.dtype, operand, start)
 
 
@@ -305,6 +352,41 @@ def cast(operand: Expression, dtype: str) -> Expression:
     return Cast(operand.shape, dtype, operand)
 
 
+LARGEST_E4M3 = 448.0
+
+
+def block_grid(shape: Shape, block: tuple[int, int]) -> Shape:
+    """Rows and columns of the scales of a matrix."""
+    return (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+
+
+def dequantize(operand: Expression, scale: Expression, block: tuple[int, int]) -> Expression:
+    """A quantised matrix as float32.
+
+    Raises:
+        ValueError: it is no matrix, or the scales are not one a block.
+    """
+    if len(operand.shape) != 2 or scale.shape != block_grid(operand.shape, block):
+        raise ValueError(f"scales of shape {scale.shape} for {operand.shape} in blocks of {block}")
+    return Dequantize(operand.shape, "F32", operand, scale, block, 0)
+
+
+def block_scales(operand: Expression, block: tuple[int, int]) -> Expression:
+    """The scales to quantise a matrix with."""
+    return BlockScales(block_grid(operand.shape, block), "F32", operand, block)
+
+
+def quantize(operand: Expression, scale: Expression, block: tuple[int, int]) -> Expression:
+    """A matrix in E4M3.
+
+    Raises:
+        ValueError: it is no matrix, or the scales are not one a block.
+    """
+    if len(operand.shape) != 2 or scale.shape != block_grid(operand.shape, block):
+        raise ValueError(f"scales of shape {scale.shape} for {operand.shape} in blocks of {block}")
+    return Quantize(operand.shape, "F8_E4M3", operand, scale, block)
+
+
 def walk(expression: Expression) -> Iterator[Expression]:
     """The expression and everything below it."""
     yield expression
@@ -320,7 +402,8 @@ def sources(expression: Expression) -> Iterator[StoredTensor]:
 def computes(expression: Expression) -> bool:
     """Whether evaluating needs arithmetic (and so torch) rather than moving bytes."""
     return any(
-        isinstance(node, Scale | Shift | NormalizeRows | Cast) or (isinstance(node, Fill) and node.value != 0.0)
+        isinstance(node, Scale | Shift | NormalizeRows | Cast | Dequantize | Quantize | BlockScales)
+        or (isinstance(node, Fill) and node.value != 0.0)
         for node in walk(expression)
     )
 

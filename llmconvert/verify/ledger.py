@@ -12,7 +12,21 @@ import numpy.typing as npt
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.engine.plan import Plan
 from llmconvert.errors import ProofFailed
-from llmconvert.tensors.expressions import Beside, Columns, Concat, Expression, Fill, Gather, Interleave, Rows, Stored
+from llmconvert.tensors.expressions import (
+    Beside,
+    BlockScales,
+    Columns,
+    Concat,
+    Dequantize,
+    Expression,
+    Fill,
+    Gather,
+    Interleave,
+    Quantize,
+    Rows,
+    Stored,
+    sources,
+)
 
 _Rows = npt.NDArray[np.int64]
 
@@ -72,6 +86,18 @@ def _usage(expression: Expression, index: _Rows, counts: _Counts, cut: tuple[int
             # Columns: rows are only all there if no column is left behind.
             if set(range(period)) <= set(pattern):
                 _usage(operand, index, counts)
+        case (
+            Dequantize(operand=operand, scale=scale, block=(height, _))
+            | Quantize(operand=operand, scale=scale, block=(height, _))
+        ):
+            _usage(operand, index, counts, cut)
+            # A scale serves a whole block: it counts as used, however many cuts share the block.
+            for tensor in sources(scale):
+                ranges = counts.setdefault(tensor.name, {})
+                count = ranges.setdefault((0, tensor.shape[1]), np.zeros(tensor.shape[0], dtype=np.int64))
+                count[np.unique(index // height)] = 1
+        case BlockScales():
+            return  # computed from rows that are written themselves
         case Concat(parts=parts):
             base = 0
             for part in parts:

@@ -16,7 +16,7 @@ from llmconvert.errors import ProofFailed
 from llmconvert.tensors.evaluate import MOVE_BYTES, Block, Reader, as_bytes, evaluate, pieces, to_torch
 from llmconvert.tensors.expressions import Check, Expression, Stored, computes
 
-BITWISE, ROUNDED, ONE_WAY = "bitwise", "to rounding", "recomputed"
+BITWISE, ROUNDED, ONE_WAY, QUANTISED = "bitwise", "to rounding", "recomputed", "to FP8"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Pair:
         source: what it was.
         returned: what comes back.
         promise: BITWISE; ROUNDED (equal but for one rounding each way); ONE_WAY (does not come back: the output is
-            compared with the rewrite applied to the source once more).
+            compared with the rewrite applied to the source once more); QUANTISED (equal but for rounding to E4M3).
         floor: least magnitude the rounding is measured against: a number added before rounding costs bits of its own.
     """
 
@@ -44,20 +44,24 @@ class RoundTrip:
     """What a round trip found.
 
     Attributes:
-        bitwise, rounded, one_way: tensors compared, by promise.
-        largest_error: of the rounded ones, the largest |a - b| / max|a| of a block.
+        bitwise, rounded, one_way, quantised: tensors compared, by promise.
+        largest_error: of the rounded and quantised ones, the largest |a - b| / max|a| of a block.
         source_digests: digest of each source file's tensors, in offset order.
     """
 
     bitwise: int = 0
     rounded: int = 0
     one_way: int = 0
+    quantised: int = 0
     largest_error: float = 0.0
     source_digests: dict[str, str] = field(default_factory=dict)
 
 
 _TOLERANCE = {"F16": 2.0**-9, "BF16": 2.0**-6, "F32": 2.0**-21, "F64": 2.0**-21}
 """Twice one rounding each way, relative to the block's largest value: 4 units in the last place."""
+
+_QUANTISED_TOLERANCE = 2.0**-4
+"""Half a unit in the last place of three bits, of a block's largest value, and what bfloat16 adds."""
 
 
 class _Comparison:
@@ -91,7 +95,7 @@ class _Comparison:
                 worst = max(worst, self._difference(pair, left, right, low))
             self.progress(left.nbytes)
         with self._lock:
-            counted = {BITWISE: "bitwise", ROUNDED: "rounded", ONE_WAY: "one_way"}[pair.promise]
+            counted = {BITWISE: "bitwise", ROUNDED: "rounded", ONE_WAY: "one_way", QUANTISED: "quantised"}[pair.promise]
             setattr(self.result, counted, getattr(self.result, counted) + 1)
             self.result.largest_error = max(self.result.largest_error, worst)
             if hasher is not None and isinstance(source, Stored):
@@ -104,7 +108,7 @@ class _Comparison:
     def _difference(self, pair: Pair, left: Block, right: Block, low: int) -> float:
         flat = left.reshape(left.shape[0], -1) != right.reshape(right.shape[0], -1)
         row = low + int(np.flatnonzero(flat.any(axis=1))[0])
-        if pair.promise != ROUNDED:
+        if pair.promise not in (ROUNDED, QUANTISED):
             raise ProofFailed(
                 f"the round trip fails at `{pair.name}`, row {row}: what comes back differs from the source",
                 hint="the output was not published; please report this with the command",
@@ -112,7 +116,8 @@ class _Comparison:
         a, b = (to_torch(np.ascontiguousarray(x), pair.source.dtype).double() for x in (left, right))
         scale = max(float(a.abs().max()), pair.floor) or 1.0
         error = float((a - b).abs().max()) / scale
-        if not error <= _TOLERANCE[pair.source.dtype]:
+        allowed = _QUANTISED_TOLERANCE if pair.promise == QUANTISED else _TOLERANCE[pair.source.dtype]
+        if not error <= allowed:
             raise ProofFailed(f"the round trip fails at `{pair.name}`, near row {row}: off by {error:.2g} of its scale")
         return error
 

@@ -10,7 +10,7 @@ from torch import nn
 
 def find_reference(config: Mapping[str, Any]) -> type[nn.Module] | None:
     """The reference class for a config.json, or None where transformers has one of its own."""
-    from llmconvert.verify.reference import baichuan, chatglm, internlm2, qwen, yi
+    from llmconvert.verify.reference import baichuan, chatglm, deepseek, internlm2, qwen, yi
 
     model_type, names = config.get("model_type"), set(config.get("architectures") or ())
     if model_type == "qwen" or "QWenLMHeadModel" in names:
@@ -21,6 +21,8 @@ def find_reference(config: Mapping[str, Any]) -> type[nn.Module] | None:
         return None if config.get("position_encoding_2d") else chatglm.ChatGLMForConditionalGeneration
     if "YiForCausalLM" in names:
         return yi.YiForCausalLM
+    if model_type == "deepseek":
+        return deepseek.DeepseekForCausalLM
     if model_type == "internlm2":
         return internlm2.InternLM2ForCausalLM
     return None

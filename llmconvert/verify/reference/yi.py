@@ -12,8 +12,11 @@ from llmconvert.verify.reference.gated import GatedMLP
 from llmconvert.verify.reference.llamalike import Block, decode
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
+    """Llama's attention under Llama's own names: grouped queries, rotary embedding by halves."""
+
     def __init__(self, hidden: int, heads: int, kv_heads: int, theta: float) -> None:
+        """Linear maps without bias."""
         super().__init__()
         d = hidden // heads
         self.q_proj = nn.Linear(hidden, heads * d, bias=False)
@@ -23,6 +26,7 @@ class _Attention(nn.Module):
         self.heads, self.kv_heads, self.theta = heads, kv_heads, theta
 
     def forward(self, x: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Same shape as `x`."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = split_heads(q, self.heads), split_heads(k, self.kv_heads), split_heads(v, self.kv_heads)
         angle = angles(position_ids, q.shape[-1], self.theta)
@@ -42,7 +46,7 @@ class YiForCausalLM(nn.Module):
         self.model.embed_tokens = nn.Embedding(config["vocab_size"], hidden)
         self.model.layers = nn.ModuleList(
             Block(
-                {"ln1": RMSNorm(hidden, eps), "self_attn": _Attention(hidden, heads, kv_heads, theta),
+                {"ln1": RMSNorm(hidden, eps), "self_attn": Attention(hidden, heads, kv_heads, theta),
                  "ln2": RMSNorm(hidden, eps), "mlp": GatedMLP(hidden, config["intermediate_size"])}
             )
             for _ in range(config["num_hidden_layers"])
