@@ -33,6 +33,7 @@ def _inspect_megatron(directory: Path) -> dict[str, Any]:
     stored = checkpoint.stored
     made = (manifest.read(directory) or {}).get("source") or {}
     grid = f"TP {checkpoint.tp}, PP {checkpoint.pp}" + (f", VPP {checkpoint.vpp}" if checkpoint.vpp > 1 else "")
+    grid += f", EP {checkpoint.ep}, ETP {checkpoint.etp}" if checkpoint.ep > 1 else ""
     result: dict[str, Any] = {
         "path": str(directory),
         "architecture": "megatron",
@@ -46,7 +47,7 @@ def _inspect_megatron(directory: Path) -> dict[str, Any]:
         ],
         "dtypes": dict(Counter(TO_NAME.get(tensor.dtype, tensor.dtype) for tensor in stored.values())),
         "notes": [f"{checkpoint.left_out} bytes of optimizer and random state"] if checkpoint.left_out else [],
-        "grid": {"tp": checkpoint.tp, "pp": checkpoint.pp, "vpp": checkpoint.vpp},
+        "grid": {key: getattr(checkpoint, key) for key in ("tp", "pp", "vpp", "ep", "etp")},
         "made_from": made.get("spec"),
     }
     try:

@@ -90,10 +90,10 @@ FAULTS: list[tuple[str, Edit, type[LlmconvertError], str]] = [
     ("mp_rank_01_001", drop_tensor, BadInput, "linear_fc2.weight` of pipeline rank 1, chunk 0, tensor rank 1"),
     ("mp_rank_00_002", add_tensor, BadInput, "strange"),
     ("mp_rank_00_000", reshape_tensor, BadInput, "linear_fc1.weight"),
-    ("mp_rank_01_000", change_copy, BadInput, "copy of tensor rank 0"),
+    ("mp_rank_01_000", change_copy, BadInput, "copy of .* tensor rank 0's"),
     ("mp_rank_00_002", untie, BadInput, "embedding"),
     ("mp_rank_00_000", layernorm, Refused, "LayerNorm"),
-    ("mp_rank_00_000", experts, Refused, "num_experts"),
+    ("mp_rank_00_000", experts, BadInput, "missing: .*router.weight"),
 ]
 
 
@@ -212,7 +212,7 @@ def test_grids_a_model_cannot_be_cut_by_are_usage_errors(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arch", ["baichuan_13b", "glm4", "mistral_sliding", "qwen2_yarn", "mixtral"])
+@pytest.mark.parametrize("arch", ["baichuan_13b", "glm4", "mistral_sliding", "qwen2_yarn"])
 def test_what_megatron_cannot_hold_is_refused(arch: str, tmp_path: Path) -> None:
     import checkpoints
 

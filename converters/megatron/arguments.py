@@ -6,24 +6,37 @@ Names are Megatron-LM's (`megatron/training/arguments.py`). What a checkpoint's 
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmconvert.canonical.model import CanonicalConfig, traits
+from llmconvert.canonical.model import LATENT_NORM_EPS, CanonicalConfig, traits
 from llmconvert.converters.megatron.grid import Grid
 from llmconvert.errors import BadInput, Refused
 
 HOLDS = frozenset(
     {"qkv_bias", "o_bias", "mlp_bias", "tied_embeddings", "interleaved_rotary", "partial_rotary", "grouped_query",
-     "explicit_head_dim", "rope_scaling", "qk_norm"}
+     "explicit_head_dim", "rope_scaling", "qk_norm", "moe", "dense_layers", "shared_experts", "shared_expert_gate",
+     "sigmoid_router", "router_bias", "router_groups", "routed_scaling", "mla", "mtp"}
 )  # fmt: skip
-"""Traits megatron-core's dense GPT model can have."""
+"""Traits megatron-core's GPT model can have."""
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What megatron-core fixes of Llama 3's rotary scaling."""
 
-NOT_CARRIED = ("norm-epsilon", "qk-layernorm", "use-rope-scaling", "rope-scaling-factor")
+_YARN = {
+    "factor": "rotary_scaling_factor", "original_max_position_embeddings": "original_max_position_embeddings",
+    "beta_fast": "beta_fast", "beta_slow": "beta_slow", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim",
+}  # fmt: skip
+"""YaRN's settings and what megatron-core calls them; it knows them with latent attention."""
+_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+
+NOT_CARRIED = (
+    "norm-epsilon", "qk-layernorm", "use-rope-scaling", "rope-scaling-factor", "multi-latent-attention", "q-lora-rank",
+    "kv-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim", "rotary-scaling-factor", "mscale",
+    "mscale-all-dim", "moe-router-num-groups", "moe-router-group-topk", "mtp-num-layers", "moe-shared-expert-gate",
+)  # fmt: skip
 """Options `--use-checkpoint-args` does not take from a checkpoint."""
 
 
@@ -36,18 +49,86 @@ def check_holds(config: CanonicalConfig) -> None:
     """Check what traits alone do not say.
 
     Raises:
-        Refused: a rotary scaling that megatron-core does not compute.
+        Refused: a rotary scaling or a router that megatron-core does not compute.
     """
-    scaling = config.rope_scaling
+    c, scaling = config, config.rope_scaling
+    if c.num_experts and c.scoring_func == "sigmoid" and (not c.norm_topk_prob or c.num_experts_per_tok == 1):
+        raise Refused(
+            f"megatron-core divides sigmoid scores by their sum if several experts are chosen, and does not if one is; the "
+            f"checkpoint says norm_topk_prob {c.norm_topk_prob} and num_experts_per_tok {c.num_experts_per_tok}"
+        )
     if scaling is None:
         return
     kind = scaling.get("rope_type", scaling.get("type"))
+    if c.kv_lora_rank is not None and kind == "yarn":
+        odd = {key: scaling[key] for key in scaling if key not in {*_YARN, "rope_type", "type"}}
+        settings = _yarn(scaling)
+        if odd or (not settings["mscale_all_dim"] and settings["mscale"] != 1.0):
+            raise Refused(f"megatron-core computes YaRN otherwise with {odd or dict(scaling)}")
+        return
     fixed = {key: scaling.get(key) for key in _LLAMA3}
     if kind != "llama3" or fixed != _LLAMA3:
         raise Refused(
             f"megatron-core does not compute rotary scaling {dict(scaling)}: it knows Llama 3's, with {_LLAMA3}",
             hint="to train at lengths below the original one, remove `rope_scaling` in a copy of config.json",
         )
+
+
+def _yarn(scaling: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: scaling[key] if scaling.get(key) is not None else _YARN_DEFAULTS.get(key) for key in _YARN}
+
+
+def departures(config: CanonicalConfig) -> tuple[str, ...]:
+    """Where megatron-core is known to compute something else, in words: weights are the same, logits differ."""
+    c, found = config, []
+    if c.num_experts and c.n_group > 1 and c.topk_method != "greedy":
+        best, here = 2 if c.topk_method == "noaux_tc" else 1, c.num_experts_per_tok // c.topk_group
+        if best != here:
+            found.append(
+                f"a group of experts is scored by its best {best}, in megatron-core by its best {here} "
+                "(num_experts_per_tok / topk_group): tokens go to other experts there"
+            )
+    if c.kv_lora_rank is not None and c.rms_norm_eps != LATENT_NORM_EPS:
+        found.append(
+            f"the norms inside latent attention have an eps of {LATENT_NORM_EPS:g}, in megatron-core that of the others, "
+            f"{c.rms_norm_eps:g}"
+        )
+    return tuple(found)
+
+
+def _mixture(c: CanonicalConfig) -> dict[str, Any]:
+    """Arguments of a mixture of experts."""
+    if not c.num_experts:
+        return {"num_experts": None}
+    layers = [int(experts) for experts in c.moe_layers]
+    grouped = c.n_group > 1 and c.topk_method != "greedy"
+    return {
+        "num_experts": c.num_experts, "moe_layer_freq": 1 if all(layers) else layers,
+        "moe_ffn_hidden_size": c.moe_intermediate_size, "moe_router_topk": c.num_experts_per_tok,
+        "moe_router_score_function": c.scoring_func,
+        "moe_router_pre_softmax": c.scoring_func == "softmax" and not c.norm_topk_prob,
+        "moe_router_topk_scaling_factor": None if c.routed_scaling_factor == 1.0 else c.routed_scaling_factor,
+        "moe_router_enable_expert_bias": c.router_bias, "moe_router_dtype": "fp32",
+        "moe_router_num_groups": c.n_group if grouped else None,
+        "moe_router_group_topk": c.topk_group if grouped else None,
+        "moe_shared_expert_intermediate_size": c.shared_expert_intermediate_size or None,
+        "moe_shared_expert_gate": c.shared_expert_gate,
+    }  # fmt: skip
+
+
+def _latent(c: CanonicalConfig) -> dict[str, Any]:
+    """Arguments of latent attention."""
+    if c.kv_lora_rank is None:
+        return {"multi_latent_attention": False}
+    scaling = _yarn(c.rope_scaling) if c.rope_scaling else None
+    return {
+        "multi_latent_attention": True, "q_lora_rank": c.q_lora_rank, "kv_lora_rank": c.kv_lora_rank,
+        "qk_head_dim": c.qk_nope_head_dim, "qk_pos_emb_head_dim": c.qk_rope_head_dim, "v_head_dim": c.v_head_dim,
+        "kv_channels": c.v_head_dim, "group_query_attention": False, "num_query_groups": c.num_attention_heads,
+        "qk_layernorm": True, "rope_type": "yarn" if scaling else "rope", "rotary_interleaved": False,
+        "rotary_percent": 1.0, "use_rope_scaling": False, "rope_scaling_factor": 8.0,
+        **({_YARN[key]: value for key, value in scaling.items()} if scaling else {}),
+    }  # fmt: skip
 
 
 def to_arguments(
@@ -79,15 +160,17 @@ def to_arguments(
         "apply_layernorm_1p": False, "qk_layernorm": c.qk_norm, "apply_query_key_layer_scaling": False,
         "apply_residual_connection_post_layernorm": False,
         "untie_embeddings_and_output_weights": not c.tie_word_embeddings,
-        "attention_dropout": 0.0, "hidden_dropout": 0.0, "num_experts": None, "multi_latent_attention": False,
+        "attention_dropout": 0.0, "hidden_dropout": 0.0, "mtp_num_layers": c.num_nextn_predict_layers or None,
         "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": None,
         "tensor_model_parallel_size": grid.tp, "pipeline_model_parallel_size": grid.pp,
         "virtual_pipeline_model_parallel_size": grid.vpp if grid.vpp > 1 else None,
         "decoder_first_pipeline_num_layers": grid.first, "decoder_last_pipeline_num_layers": grid.last,
         "account_for_embedding_in_pipeline_split": grid.embedding_counts,
         "account_for_loss_in_pipeline_split": grid.loss_counts, "pipeline_model_parallel_layout": grid.layout,
-        "expert_model_parallel_size": 1, "params_dtype": dtype, "bf16": dtype == "bfloat16", "fp16": dtype == "float16",
+        "expert_model_parallel_size": grid.ep, "expert_tensor_parallel_size": grid.expert_tp,
+        "params_dtype": dtype, "bf16": dtype == "bfloat16", "fp16": dtype == "float16",
         "iteration": 1, "consumed_train_samples": 0, "consumed_valid_samples": 0, "ckpt_format": "torch",
+        **_mixture(c), **_latent(c),
     }  # fmt: skip
 
 
@@ -95,19 +178,19 @@ def _whole(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
-def grid_of(args: Mapping[str, Any], tp: int, pp: int, vpp: int) -> Grid:
+def grid_of(args: Mapping[str, Any], tp: int, pp: int, vpp: int, ep: int, etp: int) -> Grid:
     """The grid a checkpoint was cut by."""
     return Grid(
         tp, pp, vpp, args.get("decoder_first_pipeline_num_layers"), args.get("decoder_last_pipeline_num_layers"),
         bool(args.get("account_for_embedding_in_pipeline_split")), bool(args.get("account_for_loss_in_pipeline_split")),
-        args.get("pipeline_model_parallel_layout") or None,
+        args.get("pipeline_model_parallel_layout") or None, ep, etp,
     )  # fmt: skip
 
 
 _FIXED: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",), "swiglu": (True,), "squared_relu": (None, False), "quick_geglu": (None, False),
-    "num_experts": (None, 0), "multi_latent_attention": (None, False), "apply_layernorm_1p": (None, False),
-    "mtp_num_layers": (None, 0), "window_size": (None,), "rotary_seq_len_interpolation_factor": (None, 1),
+    "apply_layernorm_1p": (None, False), "window_size": (None,), "moe_router_score_function": (None, "softmax", "sigmoid"),
+    "moe_apply_probs_on_input": (None, False), "cache_mla_latents": (None, False), "rotary_seq_len_interpolation_factor": (None, 1),
     "apply_residual_connection_post_layernorm": (None, False), "qk_l2_norm": (None, False),
     "attention_output_gate": (None, False), "softmax_scale": (None,),
 }  # fmt: skip
@@ -122,11 +205,11 @@ def from_arguments(args: Mapping[str, Any], vocab_size: int | None = None) -> Ca
         vocab_size: the true vocabulary, where the arguments do not say.
 
     Raises:
-        Refused: a model that is no dense decoder with RMSNorm, rotary embedding and SwiGLU.
+        Refused: a model that is no decoder with RMSNorm, rotary embedding and SwiGLU.
         BadInput: the arguments lack a size.
     """
     wrong = [f"`{key}` {args.get(key)!r}" for key, allowed in _FIXED.items() if args.get(key) not in allowed]
-    if args.get("position_embedding_type") != "rope" and not args.get("use_rotary_position_embeddings"):
+    if args.get("position_embedding_type") not in ("rope", "yarn") and not args.get("use_rotary_position_embeddings"):
         wrong.append(f"`position_embedding_type` {args.get('position_embedding_type')!r}")
     if wrong:
         raise Refused(f"no Hugging Face model here computes {', '.join(wrong)}", where="args")
@@ -145,6 +228,9 @@ def from_arguments(args: Mapping[str, Any], vocab_size: int | None = None) -> Ca
     scaling = None
     if args.get("use_rope_scaling"):
         scaling = {"rope_type": "llama3", "factor": float(get("rope_scaling_factor")), **_LLAMA3}
+    latent = bool(args.get("multi_latent_attention"))
+    if latent and args.get("rope_type", "yarn") == "yarn":
+        scaling = {"rope_type": "yarn"} | {key: args[name] for key, name in _YARN.items() if args.get(name) is not None}
     true_size = vocab_size or args.get("vocab_size")
     if not isinstance(true_size, int):
         raise BadInput(
@@ -152,6 +238,8 @@ def from_arguments(args: Mapping[str, Any], vocab_size: int | None = None) -> Ca
             where="args",
             hint="give `--vocab-size`, the number of tokens of the tokenizer",
         )
+    if latent:
+        head_dim, share, grouped = get("qk_pos_emb_head_dim"), None, False
     return CanonicalConfig(
         hidden_size=hidden,
         intermediate_size=get("ffn_hidden_size"),
@@ -165,13 +253,64 @@ def from_arguments(args: Mapping[str, Any], vocab_size: int | None = None) -> Ca
         rope_theta=float(args.get("rotary_base") or 10000),
         rotary_dim=head_dim if share is None or share >= 1.0 else int(head_dim * share),
         rope_scaling=scaling,
-        rotary_interleaved=bool(args.get("rotary_interleaved")),
+        rotary_interleaved=latent or bool(args.get("rotary_interleaved")),
         tie_word_embeddings=not args.get("untie_embeddings_and_output_weights"),
         qkv_bias=biases or bool(args.get("add_qkv_bias")),
         o_bias=biases,
         mlp_bias=biases,
-        qk_norm=bool(args.get("qk_layernorm")),
+        qk_norm=bool(args.get("qk_layernorm")) and not latent,
+        num_nextn_predict_layers=args.get("mtp_num_layers") or 0,
+        **(_from_mixture(args, get) if args.get("num_experts") else {}),
+        **(_from_latent(args, get) if latent else {}),
     )
+
+
+def _from_latent(args: Mapping[str, Any], get: Callable[..., Any]) -> dict[str, Any]:
+    if not args.get("qk_layernorm"):
+        raise Refused(
+            "no Hugging Face model here has latent attention without norms (`qk_layernorm` False)", where="args"
+        )
+    return {
+        "q_lora_rank": args.get("q_lora_rank"), "kv_lora_rank": get("kv_lora_rank"),
+        "qk_nope_head_dim": get("qk_head_dim"), "qk_rope_head_dim": get("qk_pos_emb_head_dim"),
+        "v_head_dim": get("v_head_dim"),
+    }  # fmt: skip
+
+
+def _from_mixture(args: Mapping[str, Any], get: Callable[..., Any]) -> dict[str, Any]:
+    sigmoid = args.get("moe_router_score_function") == "sigmoid"
+    groups = args.get("moe_router_num_groups") or 1
+    biased = bool(args.get("moe_router_enable_expert_bias"))
+    layers, count = args.get("moe_layer_freq", 1), get("num_layers")
+    if isinstance(layers, str):
+        layers = _layer_list(layers)
+    if isinstance(layers, int):
+        layers = [i % layers == 0 for i in range(count)]
+    if len(layers) != count:
+        raise BadInput(f"`moe_layer_freq` speaks of {len(layers)} layers, `num_layers` of {count}", where="args")
+    return {
+        "num_experts": get("num_experts"), "num_experts_per_tok": args.get("moe_router_topk") or 2,
+        "moe_layers": tuple(map(bool, layers)), "moe_intermediate_size": get("moe_ffn_hidden_size", "ffn_hidden_size"),
+        "shared_expert_intermediate_size": args.get("moe_shared_expert_intermediate_size") or 0,
+        "shared_expert_gate": bool(args.get("moe_shared_expert_gate")),
+        "scoring_func": "sigmoid" if sigmoid else "softmax",
+        "norm_topk_prob": sigmoid or not args.get("moe_router_pre_softmax"),
+        "routed_scaling_factor": args.get("moe_router_topk_scaling_factor") or 1.0,
+        "topk_method": "noaux_tc" if biased else "group_limited_greedy" if groups > 1 else "greedy",
+        "n_group": groups, "topk_group": args.get("moe_router_group_topk") or 1, "router_bias": biased,
+    }  # fmt: skip
+
+
+def _layer_list(text: str) -> int | list[int]:
+    """`moe_layer_freq` as it is typed: a number, or a Python list such as `([0]*3+[1]*58)`."""
+    if re.fullmatch(r"[\s\d\[\](),*+]+", text) is None:
+        raise BadInput(f"`moe_layer_freq` {text!r} is not understood", where="args")
+    result: list[int] = []
+    if text.strip().isdigit():
+        return int(text)
+    for entries, times in re.findall(r"\[([\d\s,]*)\](?:\s*\*\s*(\d+))?", text):
+        result += [int(entry) for entry in entries.split(",") if entry.strip()] * int(times or 1)
+    return result
 
 
 def flags(args: Mapping[str, Any]) -> list[str]:
@@ -182,11 +321,17 @@ def flags(args: Mapping[str, Any]) -> list[str]:
         "--norm-epsilon", "--position-embedding-type", "--rotary-base", "--rotary-percent",
         "--tensor-model-parallel-size", "--pipeline-model-parallel-size", "--decoder-first-pipeline-num-layers",
         "--decoder-last-pipeline-num-layers", "--pipeline-model-parallel-layout", "--attention-dropout", "--hidden-dropout",
+        "--num-experts", "--moe-ffn-hidden-size", "--moe-router-topk", "--moe-router-score-function",
+        "--moe-router-topk-scaling-factor", "--moe-router-num-groups", "--moe-router-group-topk", "--moe-router-dtype",
+        "--moe-shared-expert-intermediate-size", "--moe-layer-freq", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim",
+        "--qk-pos-emb-head-dim", "--v-head-dim", "--rope-type", "--rotary-scaling-factor", "--mscale", "--mscale-all-dim",
+        "--mtp-num-layers",
     ]  # fmt: skip
     switches = [
         "--swiglu", "--add-qkv-bias", "--qk-layernorm", "--rotary-interleaved", "--use-rope-scaling",
         "--untie-embeddings-and-output-weights", "--account-for-embedding-in-pipeline-split",
-        "--account-for-loss-in-pipeline-split", "--bf16", "--fp16",
+        "--account-for-loss-in-pipeline-split", "--bf16", "--fp16", "--moe-router-pre-softmax", "--moe-grouped-gemm",
+        "--moe-router-enable-expert-bias", "--moe-shared-expert-gate", "--multi-latent-attention",
     ]  # fmt: skip
 
     def value(option: str) -> Any:
@@ -197,6 +342,9 @@ def flags(args: Mapping[str, Any]) -> list[str]:
         found += ["--group-query-attention", f"--num-query-groups {args['num_query_groups']}"]
     if args["use_rope_scaling"]:
         found.append(f"--rope-scaling-factor {args['rope_scaling_factor']}")
+    if args.get("num_experts"):
+        for size in ("expert_model_parallel_size", "expert_tensor_parallel_size"):
+            found.append(f"--{size.replace('_', '-')} {args[size]}")
     vpp = args.get("virtual_pipeline_model_parallel_size")
     if vpp and not args.get("pipeline_model_parallel_layout"):
         found.append(f"--num-virtual-stages-per-pipeline-rank {vpp}")
@@ -215,6 +363,6 @@ def script(args: Mapping[str, Any], directory: str) -> str:
         "MODEL_ARGS=(",
         *(f"    {flag}" for flag in flags(args)),
         ")",
-        f"# --load {directory} --ckpt-format torch --no-load-optim --no-load-rng --finetune",
+        f"# --load {directory} --ckpt-format {args['ckpt_format']} --no-load-optim --no-load-rng --finetune",
     ]
     return "\n".join(lines) + "\n"

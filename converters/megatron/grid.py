@@ -24,6 +24,8 @@ class Grid:
         embedding_counts: account_for_embedding_in_pipeline_split.
         loss_counts: account_for_loss_in_pipeline_split.
         layout: pipeline_model_parallel_layout, such as `Et*3|(tt|)*2tL`, or None.
+        ep: expert_model_parallel_size.
+        etp: expert_tensor_parallel_size, or None for `tp`.
     """
 
     tp: int = 1
@@ -34,11 +36,19 @@ class Grid:
     embedding_counts: bool = False
     loss_counts: bool = False
     layout: str | None = None
+    ep: int = 1
+    etp: int | None = None
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor ranks of an expert."""
+        return self.etp or self.tp
 
     def __post_init__(self) -> None:
-        for name, value in (("--tp", self.tp), ("--pp", self.pp), ("--vpp", self.vpp)):
-            if value < 1:
-                raise Usage(f"`{name}` must be at least 1")
+        for name in ("tp", "pp", "vpp", "ep", "etp"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise Usage(f"`--{name}` must be at least 1")
         if self.vpp > 1 and self.pp < 2:
             raise Usage("virtual stages need `--pp` of at least 2")
         uneven = self.first is not None or self.last is not None
@@ -68,13 +78,18 @@ class Chunk:
     head: bool
 
 
-def chunks(num_layers: int, grid: Grid) -> list[Chunk]:
+def chunks(num_layers: int, grid: Grid, further: int = 0) -> list[Chunk]:
     """All chunks in order of depth: virtual chunks are dealt to ranks in turn.
+
+    Args:
+        num_layers: of the decoder.
+        grid: how to deal them.
+        further: layers that predict further tokens. They lie with the head, whatever the grid.
 
     Raises:
         Usage: the layers cannot be cut so.
     """
-    counts = _by_layout(num_layers, grid) if grid.layout else _counts(num_layers, grid)
+    counts = _by_layout(num_layers, grid, further) if grid.layout else _counts(num_layers, grid)
     result, start = [], 0
     for k, count in enumerate(counts):
         layers = tuple(range(start, start + count))
@@ -113,17 +128,17 @@ def _uneven(num_layers: int, grid: Grid) -> list[int]:
     return [by_rank[k % grid.pp] // grid.vpp for k in range(grid.pp * grid.vpp)]
 
 
-def _by_layout(num_layers: int, grid: Grid) -> list[int]:
+def _by_layout(num_layers: int, grid: Grid, further: int) -> list[int]:
     assert grid.layout is not None
     text = grid.layout.replace(",", "").replace(" ", "")
     for pattern in (r"\(([^()]*)\)\*(\d+)", r"([A-Za-z])\*(\d+)"):
         while (match := re.search(pattern, text)) is not None:
             text = text[: match.start()] + match[1] * int(match[2]) + text[match.end() :]
     stages = text.split("|")
-    if re.search(r"[^EtL|]", text) or text[:1] != "E" or text[-1:] != "L" or text.count("E") + text.count("L") != 2:
-        raise Usage(
-            f"`{grid.layout}` is not a layout of a dense model: E, then t for each layer, then L, with | between stages"
-        )
+    decoder = text[: -1 - further] + "L" if further and text.endswith("m" * further + "L") else text
+    if re.search(r"[^EtL|]", decoder) or text[:1] != "E" or text[-1:] != "L" or text.count("E") + text.count("L") != 2:
+        last = f", then m for each of {further} layers that predict further tokens" if further else ""
+        raise Usage(f"`{grid.layout}` is not a layout: E, then t for each layer{last}, then L, with | between stages")
     if len(stages) != grid.pp * grid.vpp:
         raise Usage(f"the layout has {len(stages)} stages, --pp {grid.pp} --vpp {grid.vpp} make {grid.pp * grid.vpp}")
     counts = [stage.count("t") for stage in stages]

@@ -6,11 +6,13 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from llmconvert.checkpoint.megatron import RANK_FILE, Place
+from llmconvert.canonical.model import CanonicalConfig
+from llmconvert.checkpoint.megatron import RANK_FILE, Place, rank_folder, ranks
 from llmconvert.checkpoint.torch_dist import lay_out_torch_dist
 from llmconvert.checkpoint.torch_zip import Slot, lay_out_torch
-from llmconvert.converters.megatron.grid import Chunk, Grid
-from llmconvert.converters.megatron.shards import EXTRA_STATES, NORMS, TRANSFORMER_ENGINE, Cut, Shards
+from llmconvert.converters.megatron.grid import Chunk, Grid, chunks
+from llmconvert.converters.megatron.parts import Cut
+from llmconvert.converters.megatron.shards import Shards
 from llmconvert.engine.plan import OutputTensor, WeightFile
 from llmconvert.errors import Usage
 from llmconvert.tensors.expressions import Expression, concat
@@ -37,32 +39,49 @@ LaidOut = tuple[tuple[OutputTensor, ...], tuple[WeightFile, ...], dict[str, byte
 """Output tensors, files, and small files by name."""
 
 
-def written_cut(layers: int, cut: Cut, fmt: str) -> Cut:
-    """What is written for a cut: the ranks themselves, or, in `torch_dist`, the one rank that holds everything."""
+def cut_for(
+    config: CanonicalConfig, grid: Grid, fmt: str, padded_vocab_size: int, implementation: str, grouped: bool = False
+) -> Cut:
+    """How a model is cut to be written: over the ranks of a grid, or, in `torch_dist`, not at all.
+
+    Raises:
+        Usage: no such format, or the layers cannot be dealt so.
+    """
     if fmt not in (TORCH, TORCH_DIST):
         raise Usage(f"`{fmt}` is not a checkpoint format", hint=f"choose {TORCH} or {TORCH_DIST}")
+    dealt = chunks(config.num_hidden_layers, grid, config.num_nextn_predict_layers)
     if fmt == TORCH:
-        return cut
-    return Cut([Chunk(0, 0, tuple(range(layers)), True, True)], 1, cut.padded_vocab_size, NORMS[TRANSFORMER_ENGINE])
+        return Cut(dealt, grid.tp, grid.ep, grid.expert_tp if config.num_experts else grid.tp, padded_vocab_size,
+                   implementation, grouped)  # fmt: skip
+    return dist_cut(config, padded_vocab_size, implementation)
 
 
-def lay_out(shards: Shards, args: Mapping[str, Any], grid: Grid, fmt: str, folder: str) -> LaidOut:
-    """Lay out shards, cut by `written_cut`, in a format and a folder."""
-    return _lay_out_ranks(shards, args, grid, folder) if fmt == TORCH else _lay_out_dist(shards, args, folder)
+def dist_cut(config: CanonicalConfig, padded_vocab_size: int, implementation: str) -> Cut:
+    """The cut of `torch_dist`: one place that holds everything."""
+    whole = [Chunk(0, 0, tuple(range(config.num_hidden_layers)), True, True)]
+    return Cut(whole, 1, 1, 1, padded_vocab_size, implementation, dist=True)
 
 
-def rank_folder(place: Place, pp: int) -> str:
-    """A rank's folder."""
-    return f"mp_rank_{place.tp_rank:02d}" + (f"_{place.pp_rank:03d}" if pp > 1 else "")
+def lay_out(shards: Shards, args: Mapping[str, Any], grid: Grid, cut: Cut, folder: str) -> LaidOut:
+    """Lay out shards, cut by `cut_for`, in a folder."""
+    return _lay_out_dist(shards, args, folder) if cut.dist else _lay_out_ranks(shards, args, grid, cut, folder)
 
 
-def _lay_out_ranks(shards: Shards, args: Mapping[str, Any], grid: Grid, release: str) -> LaidOut:
+def _extra_state(name: str) -> str | None:
+    """Where Transformer Engine's linear modules keep state of their own, for the module a tensor belongs to."""
+    module = name.rpartition(".")[0]
+    linear = module.rpartition(".")[2]
+    return f"{module}._extra_state" if linear.startswith("linear_") or linear == "eh_proj" else None
+
+
+def _lay_out_ranks(shards: Shards, args: Mapping[str, Any], grid: Grid, cut: Cut, release: str) -> LaidOut:
     """A rank file for every rank, as Megatron-LM saves it."""
     outputs: list[OutputTensor] = []
     files: list[WeightFile] = []
     for p in range(grid.pp):
-        for t in range(grid.tp):
-            folder = rank_folder(Place(p, 0, t), grid.pp)
+        for t, e in ranks(cut.tp, cut.ep, cut.etp):
+            chunks_here = [shards[Place(p, v, t, e)] for v in range(grid.vpp)]
+            folder = rank_folder(Place(p, 0, t, e), grid.pp, cut.ep)
             file = f"{release}/{folder}/{RANK_FILE}"
             value: dict[str, Any] = {
                 "args": Namespace(**args),
@@ -70,15 +89,14 @@ def _lay_out_ranks(shards: Shards, args: Mapping[str, Any], grid: Grid, release:
                 "iteration": args["iteration"],
             }
             named: list[tuple[str, Expression]] = []
-            for v in range(grid.vpp):
-                shard = shards[Place(p, v, t)]
+            for v, shard in enumerate(chunks_here):
                 state: dict[str, Any] = {}
                 for name, expression in shard.items():
                     state[name] = Slot(expression.dtype, expression.shape)
                     named.append((f"{folder}/{v}/{name}", expression))
-                    module = name.rpartition(".")[0]
-                    if f"{module.partition('layers.')[2].partition('.')[2]}._extra_state" in EXTRA_STATES:
-                        state[f"{module}._extra_state"] = None
+                    extra = _extra_state(name)
+                    if extra is not None:
+                        state[extra] = None
                 value["model" if grid.vpp == 1 else f"model{v}"] = state
             laid = lay_out_torch(value)
             outputs += [OutputTensor(n, file, at, e) for (n, e), at in zip(named, laid.offsets, strict=True)]
@@ -89,32 +107,49 @@ def _lay_out_ranks(shards: Shards, args: Mapping[str, Any], grid: Grid, release:
 
 _MAX_FILE_SIZE = 4 * 1024**3
 
+_DECODER = "decoder.layers."
+_LOCAL, _GLOBAL = ".mlp.experts.local_experts.", ".mlp.experts.experts."
+
+
+def _stacked(name: str, homogeneous: bool) -> tuple[str, int | None, int | None]:
+    """A tensor's global name, and its layer and expert where those are axes of the global tensor."""
+    layer = expert = None
+    if homogeneous and name.startswith(_DECODER):
+        number, _, rest = name.removeprefix(_DECODER).partition(".")
+        layer, name = int(number), _DECODER + rest
+    before, found, rest = f".{name}".partition(_LOCAL)
+    if found:
+        number, _, rest = rest.partition(".")
+        expert, name = int(number), f"{before}{_GLOBAL}{rest}"[1:]
+    return name, layer, expert
+
 
 def _lay_out_dist(shards: Shards, args: Mapping[str, Any], release: str) -> LaidOut:
-    """Global tensors, layers stacked on a first axis, as Megatron-LM saves homogeneous layers."""
+    """Global tensors: experts on an axis of their own, and layers too where they are all alike, as Megatron-LM saves."""
     (named,) = shards.values()
-    whole: dict[str, Expression] = {}
-    layers: dict[str, list[Expression]] = {}
+    homogeneous = not isinstance(args.get("moe_layer_freq"), list)
+    parts: dict[str, list[Expression]] = {}
+    axes: dict[str, list[int]] = {}
+    states: dict[str, None] = {}
+    counts = [1 + max((number for number in numbers if number is not None), default=-1) for numbers in zip(
+        *(_stacked(name, homogeneous)[1:] for name in named), strict=True)]  # fmt: skip
     for name, expression in named.items():
-        if name.startswith("decoder.layers."):
-            _, _, _, rest = name.split(".", 3)
-            layers.setdefault(f"decoder.layers.{rest}", []).append(expression)
-        else:
-            whole[name] = expression
-    shapes = {name: (e.dtype, e.shape) for name, e in whole.items()}
-    for name, each in layers.items():
-        whole[name] = concat(each)
-        shapes[name] = (each[0].dtype, (len(each), *each[0].shape))
-    count = max(map(len, layers.values()))
+        whole, *places = _stacked(name, homogeneous)
+        parts.setdefault(whole, []).append(expression)
+        held = [(place, count) for place, count in zip(places, counts, strict=True) if place is not None]
+        axes[whole] = [count for _, count in held]
+        extra = _extra_state(whole)
+        if extra is not None:
+            at, of = (".".join(str(pair[k]) for pair in held) or ("0", "1")[k] for k in (0, 1))
+            states[f"{extra}/shard_{at}_{of}"] = None
+    shapes = {name: (each[0].dtype, (*axes[name], *each[0].shape)) for name, each in parts.items()}
     common = {"args": Namespace(**args), "checkpoint_version": 3.0, "iteration": args["iteration"],
-              "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": False}}  # fmt: skip
-    objects: dict[str, Any] = {
-        f"decoder.layers.{state}/shard_{layer}_{count}": [None] for state in EXTRA_STATES for layer in range(count)
-    }
+              "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": not homogeneous}}  # fmt: skip
+    objects: dict[str, Any] = {state: [None] for state in states}
     objects["common_state/shard_0_1"] = [common]  # where megatron-core looks for it from 0.19 on
     files, texts = lay_out_torch_dist(shapes, objects, common, _MAX_FILE_SIZE)
     outputs = tuple(
-        OutputTensor(name, f"{release}/{file.name}", offset, whole[name])
+        OutputTensor(name, f"{release}/{file.name}", offset, concat(parts[name]))
         for file in files
         for name, offset in file.offsets.items()
     )

@@ -19,7 +19,9 @@ from llmconvert.checkpoint.megatron import MegatronCheckpoint, open_megatron
 from llmconvert.converters.companions import companions
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid, chunks
-from llmconvert.converters.megatron.shards import OUTPUT, Cut, Joined, assembled, find_norms, join, split, where
+from llmconvert.converters.megatron.layout import dist_cut
+from llmconvert.converters.megatron.parts import IMPLEMENTATIONS, Cut
+from llmconvert.converters.megatron.shards import Joined, assembled, find_implementation, join, split, where
 from llmconvert.converters.megatron.split import HF_FOLDER
 from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import unlowered
@@ -46,7 +48,6 @@ class Opened:
         config: what its arguments describe.
         cut: how it is cut.
         joined: its tensors, put together.
-        transformer_impl: whose names it has.
         origin: the spec's name and config.json it was split from, as recorded; or None.
     """
 
@@ -54,8 +55,12 @@ class Opened:
     config: CanonicalConfig
     cut: Cut
     joined: Joined
-    transformer_impl: str
     origin: tuple[str, dict[str, Any]] | None
+
+    @property
+    def transformer_impl(self) -> str:
+        """Whose names it has."""
+        return self.cut.implementation
 
     @property
     def dropped(self) -> dict[str, str]:
@@ -101,18 +106,11 @@ def open_model(
         args = _completed(args, config)
         vocab_size = vocab_size or args.get("vocab_size")
     model = arguments.from_arguments(args, vocab_size)
-    try:
-        ranks = checkpoint.tp, checkpoint.pp, checkpoint.vpp
-        grid = Grid() if checkpoint.format == "torch_dist" else arguments.grid_of(args, *ranks)
-        layers = chunks(model.num_hidden_layers, grid)
-    except Usage as error:
-        raise BadInput(f"args contradict each other: {error.what}", where=str(checkpoint.release)) from None
     shards = assembled(checkpoint)
-    implementation, norms = find_norms(shards)
     padded = args.get("padded_vocab_size") or _padded(shards, checkpoint.tp)
     if padded < model.vocab_size or padded % checkpoint.tp:
         raise BadInput(f"padded_vocab_size {padded} does not fit a vocabulary of {model.vocab_size}", where="args")
-    cut = Cut(layers, checkpoint.tp, padded, norms)
+    cut = find_implementation(shards, model, _cuts(checkpoint, args, model, padded))
     try:
         joined = join(shards, model, cut)
     except BadInput as error:
@@ -120,7 +118,26 @@ def open_model(
     faults = failing(joined.checks)
     if faults:
         raise BadInput("; ".join(faults[:3]), where=str(checkpoint.release))
-    return Opened(checkpoint, model, cut, joined, implementation, origin)
+    return Opened(checkpoint, model, cut, joined, origin)
+
+
+def _cuts(checkpoint: MegatronCheckpoint, args: Mapping[str, Any], model: CanonicalConfig, padded: int) -> list[Cut]:
+    """The ways a checkpoint may have been named."""
+    if checkpoint.format == "torch_dist":
+        return [dist_cut(model, padded, implementation) for implementation in IMPLEMENTATIONS]
+    c = checkpoint
+    try:
+        grid = arguments.grid_of(args, c.tp, c.pp, c.vpp, c.ep, c.etp)
+        dealt = chunks(model.num_hidden_layers, grid, model.num_nextn_predict_layers)
+    except Usage as error:
+        raise BadInput(f"args contradict each other: {error.what}", where=str(c.release)) from None
+    if model.num_experts % c.ep:
+        raise BadInput(f"args say {model.num_experts} experts over {c.ep} expert ranks", where=str(c.release))
+    return [
+        Cut(dealt, c.tp, c.ep, c.etp, padded, implementation, grouped)
+        for implementation in IMPLEMENTATIONS
+        for grouped in ((False, True) if model.num_experts else (False,))
+    ]
 
 
 def _padded(shards: Mapping[Any, Mapping[str, Expression]], tp: int) -> int:
@@ -142,13 +159,24 @@ def _target(known: Registry, to: str | None, opened: Opened) -> Spec:
     if to is None and opened.origin and opened.origin[0] in known.specs and known.specs[opened.origin[0]].target:
         return known.specs[opened.origin[0]]
     if to is None:
-        held = traits(opened.config)
-        to = "qwen3" if "qk_norm" in held else "qwen2" if "qkv_bias" in held and "o_bias" not in held else "llama"
+        to = _plainest(traits(opened.config))
     spec = known.specs.get(to) or next((s for s in known.families.get(to, []) if s.target and s.default_target), None)
     spec = spec or known.get(to)
     if not spec.target:
         raise Refused(f"{spec.name} is read but not written: {spec.not_target}", hint="choose another `--to`")
     return spec
+
+
+def _plainest(held: frozenset[str]) -> str:
+    """The target that says no more than a model's traits ask for."""
+    if "mla" in held:
+        return "deepseek_v3" if "sigmoid_router" in held else "deepseek_v2"
+    if "moe" in held and "sigmoid_router" in held:
+        return "glm4_moe"
+    if "moe" in held:
+        shared = "qwen2_moe" if "shared_expert_gate" in held else "deepseek_moe"
+        return "qwen3_moe" if "qk_norm" in held else shared if "shared_experts" in held else "mixtral"
+    return "qwen3" if "qk_norm" in held else "qwen2" if "qkv_bias" in held and "o_bias" not in held else "llama"
 
 
 @dataclass(frozen=True)
@@ -218,7 +246,7 @@ def plan_merge(
     summary = {
         "source": {
             "path": path.resolve().name,
-            "megatron": {"tp": old.tp, "pp": old.pp, "vpp": old.vpp, "format": old.format},
+            "megatron": {"tp": old.tp, "pp": old.pp, "vpp": old.vpp, "ep": old.ep, "etp": old.etp, "format": old.format},
             "transformer_impl": opened.transformer_impl, "args": old.args,
         },
         "target": {"spec": target.name},
@@ -231,6 +259,7 @@ def plan_merge(
     identity = [llmconvert.__version__, stats, [(f.name, f.size, f.digest) for f in files], summary]
     plan = Plan(path, outputs, files, texts, copies, model.checks, json.dumps(identity, default=str) + "\n", summary)
     ledger = account(plan, everything, opened.dropped, opened.rows_used)
+    notes += arguments.departures(opened.config)
     if opened.checkpoint.left_out:
         notes += (f"{opened.checkpoint.left_out / 1e9:.2f} GB of optimizer and random state are left out",)
     padding = opened.cut.padded_vocab_size - opened.config.vocab_size
@@ -288,8 +317,6 @@ def shard_pairs(opened: Opened, tensors: Mapping[str, Expression]) -> list[Pair]
             count = opened.joined.rows_used.get((place, name))
             if count is not None:
                 source, returned = rows(source, 0, count), rows(returned, 0, count)
-            if (place, name) in opened.joined.copies and name == OUTPUT:
-                continue  # the embedding's copy: compared with it before, and padded as it is
             if returned.dtype != source.dtype:
                 source = cast(source, returned.dtype)
             if source.rows:
@@ -319,7 +346,7 @@ def merge_checkpoint(
     sync: bool = True,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
-    """Write a Megatron checkpoint in the `torch` format as a Hugging Face one; see `convert`, `open_model`, `plan_merge`.
+    """Write a Megatron checkpoint as a Hugging Face one; see `convert`, `open_model`, `plan_merge`.
 
     Raises:
         LlmconvertError: of the kind that fits; the source is untouched and `destination` is not made.
@@ -346,6 +373,7 @@ def shape_of(opened: Opened) -> str:
     """What a Megatron checkpoint is, in a phrase."""
     c = opened.checkpoint
     ranks = f"TP {c.tp}, PP {c.pp}, " + (f"VPP {c.vpp}, " if c.vpp > 1 else "") if c.format == "torch" else ""
+    ranks += f"EP {c.ep}, ETP {c.etp}, " if c.ep > 1 else ""
     return f"Megatron ({ranks}{c.format}, {opened.transformer_impl} names)"
 
 

@@ -12,10 +12,11 @@ import llmconvert
 from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.checkpoint.megatron import LATEST, open_megatron
 from llmconvert.converters.megatron import arguments
-from llmconvert.converters.megatron.grid import Grid, chunks, padded_vocabulary
-from llmconvert.converters.megatron.layout import lay_out, tracked, written_cut
+from llmconvert.converters.megatron.grid import Grid, padded_vocabulary
+from llmconvert.converters.megatron.layout import cut_for, lay_out, tracked
 from llmconvert.converters.megatron.merge import Opened, open_model, shape_of, shard_pairs
-from llmconvert.converters.megatron.shards import NORMS, Cut, assembled, check_cut, join, split
+from llmconvert.converters.megatron.parts import IMPLEMENTATIONS, Cut, check_cut
+from llmconvert.converters.megatron.shards import assembled, join, split
 from llmconvert.converters.megatron.split import ARGS_SCRIPT, HF_FOLDER
 from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
 from llmconvert.converters.running import Progress, Report, run
@@ -30,24 +31,26 @@ _GRID_ARGUMENTS = (
     "padded_vocab_size", "make_vocab_size_divisible_by", "tensor_model_parallel_size", "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
     "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "pipeline_model_parallel_layout",
-    "ckpt_format", "iteration",
+    "ckpt_format", "iteration", "expert_model_parallel_size", "expert_tensor_parallel_size",
 )  # fmt: skip
 
 
-def _plan(opened: Opened, grid: Grid, fmt: str, implementation: str, divisible_by: int) -> tuple[Plan, Ledger, Cut]:
+def _plan(
+    opened: Opened, grid: Grid, fmt: str, implementation: str, grouped: bool, divisible_by: int
+) -> tuple[Plan, Ledger, Cut]:
     config, source = opened.config, opened.checkpoint
-    check_cut(config, grid.tp)
+    check_cut(config, grid, fmt, implementation)
     padded = padded_vocabulary(config.vocab_size, grid.tp, divisible_by)
-    layers = config.num_hidden_layers
-    cut = written_cut(layers, Cut(chunks(layers, grid), grid.tp, padded, NORMS[implementation]), fmt)
+    cut = cut_for(config, grid, fmt, padded, implementation, grouped)
     shards = split(opened.joined.tensors, config, cut)
     main = TO_NAME[Counter(e.dtype for e in opened.joined.tensors.values()).most_common(1)[0][0]]
     described = arguments.to_arguments(config, grid, padded, divisible_by, main)
     own = {key: value for key, value in source.args.items() if value is not None}
     args = {**described, **own, **{key: described[key] for key in _GRID_ARGUMENTS}, "transformer_impl": implementation}
     args["ckpt_format"] = fmt
+    args |= {"moe_grouped_gemm": grouped} if config.num_experts else {}
     folder, tracker = tracked(None)
-    outputs, files, texts = lay_out(shards, args, grid, fmt, folder)
+    outputs, files, texts = lay_out(shards, args, grid, cut, folder)
     hf = source.path / HF_FOLDER
     copies = {f"{HF_FOLDER}/{p.relative_to(hf)}": p for p in sorted(hf.rglob("*")) if p.is_file()}
     texts |= {LATEST: tracker.encode(), ARGS_SCRIPT: arguments.script({**described, **args}, "DIR").encode()}
@@ -75,6 +78,7 @@ def reshard_checkpoint(
     *,
     fmt: str = "torch",
     transformer_impl: str | None = None,
+    grouped: bool | None = None,
     divisible_by: int = 128,
     iteration: int | None = None,
     vocab_size: int | None = None,
@@ -104,9 +108,12 @@ def reshard_checkpoint(
         check_destination(source, destination, overwrite=overwrite)
     opened = open_model(source, iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle)
     implementation = transformer_impl or opened.transformer_impl
-    if implementation not in NORMS:
-        raise Usage(f"`{implementation}` is not a transformer implementation", hint=f"choose {' or '.join(NORMS)}")
-    plan, ledger, cut = _plan(opened, grid, fmt, implementation, divisible_by)
+    if implementation not in IMPLEMENTATIONS:
+        raise Usage(
+            f"`{implementation}` is not a transformer implementation", hint=f"choose {' or '.join(IMPLEMENTATIONS)}"
+        )
+    grouped = opened.cut.grouped if grouped is None else grouped
+    plan, ledger, cut = _plan(opened, grid, fmt, implementation, grouped, divisible_by)
     old, notes = opened.checkpoint, tuple[str, ...]()
     if old.left_out:
         notes += (f"{old.left_out / 1e9:.2f} GB of optimizer and random state are left out",)
@@ -114,7 +121,7 @@ def reshard_checkpoint(
         source=str(source),
         destination=str(destination),
         source_architecture=shape_of(opened),
-        target_architecture=f"Megatron (TP {grid.tp}, PP {grid.pp}, VPP {grid.vpp}, torch, {implementation} names)"
+        target_architecture=f"Megatron (TP {grid.tp}, PP {grid.pp}, VPP {grid.vpp}, EP {grid.ep}, torch, {implementation} names)"
         if fmt == "torch"
         else "Megatron (torch_dist, loads on any grid)",
         tensors_read=len(old.stored),

@@ -20,10 +20,11 @@ from llmconvert.checkpoint.dtypes import FROM_NAME, TO_NAME
 from llmconvert.checkpoint.megatron import LATEST, open_megatron
 from llmconvert.converters.companions import companions
 from llmconvert.converters.megatron import arguments
-from llmconvert.converters.megatron.grid import Grid, chunks, padded_vocabulary
-from llmconvert.converters.megatron.layout import lay_out, tracked, written_cut
-from llmconvert.converters.megatron.shards import NORMS, Cut, assembled, check_cut, join, split
-from llmconvert.converters.planning import elsewhere
+from llmconvert.converters.megatron.grid import Grid, padded_vocabulary
+from llmconvert.converters.megatron.layout import cut_for, lay_out, tracked
+from llmconvert.converters.megatron.parts import IMPLEMENTATIONS, Cut, check_cut
+from llmconvert.converters.megatron.shards import assembled, join, split
+from llmconvert.converters.planning import checked_away, elsewhere
 from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import canonical_pairs, unlowered
 from llmconvert.converters.running import Progress, Report, run
@@ -76,7 +77,7 @@ def lower_to_megatron(
     """Rewrite a model until megatron-core can hold it.
 
     Raises:
-        Refused: it has a trait megatron-core's dense GPT model does not.
+        Refused: it has a trait megatron-core's GPT model does not.
     """
     try:
         model, steps = lower(lifted, "megatron", arguments.HOLDS, frozenset(), arguments.coupled(lifted.config))
@@ -92,6 +93,7 @@ def plan_split(
     *,
     fmt: str = "torch",
     transformer_impl: str = "transformer_engine",
+    grouped: bool = False,
     divisible_by: int = 128,
     iteration: int | None = None,
     dtype: str | None = None,
@@ -104,6 +106,7 @@ def plan_split(
         grid: how to cut.
         fmt: torch or torch_dist.
         transformer_impl: transformer_engine or local: how norms are named.
+        grouped: moe_grouped_gemm: experts are named as Transformer Engine's grouped matrix product names them.
         divisible_by: make_vocab_size_divisible_by.
         iteration: which to write as; None for `release`.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
@@ -112,8 +115,10 @@ def plan_split(
     Raises:
         LlmconvertError: of the kind that fits; nothing has been written.
     """
-    if transformer_impl not in NORMS:
-        raise Usage(f"`{transformer_impl}` is not a transformer implementation", hint=f"choose {' or '.join(NORMS)}")
+    if transformer_impl not in IMPLEMENTATIONS:
+        raise Usage(
+            f"`{transformer_impl}` is not a transformer implementation", hint=f"choose {' or '.join(IMPLEMENTATIONS)}"
+        )
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise Usage(f"`{dtype}` is not a dtype to write", hint="choose float32, bfloat16 or float16")
     if divisible_by < 1:
@@ -126,17 +131,19 @@ def plan_split(
     model, steps = lower_to_megatron(lifted.model, checkpoint)
     if dtype:
         model = replace(model, tensors={name: cast(e, FROM_NAME[dtype]) for name, e in model.tensors.items()})
-    check_cut(model.config, grid.tp)
+    if grouped and not model.config.num_experts:
+        raise Usage("`--moe-grouped-gemm` is for mixtures of experts, and this model is dense", hint="leave it out")
+    check_cut(model.config, grid, fmt, transformer_impl)
     padded = padded_vocabulary(model.config.vocab_size, grid.tp, divisible_by)
-    layers = model.config.num_hidden_layers
-    cut = written_cut(layers, Cut(chunks(layers, grid), grid.tp, padded, NORMS[transformer_impl]), fmt)
+    cut = cut_for(model.config, grid, fmt, padded, transformer_impl, grouped)
     shards = split(model.tensors, model.config, cut)
     main = Counter(e.dtype for e in model.tensors.values()).most_common(1)[0][0]
     args = arguments.to_arguments(model.config, grid, padded, divisible_by, TO_NAME[main])
     args |= {"transformer_impl": transformer_impl, "ckpt_format": fmt}
+    args |= {"moe_grouped_gemm": grouped} if model.config.num_experts else {}
     folder, tracker = tracked(iteration)
     args["iteration"] = iteration or 1
-    outputs, files, own = lay_out(shards, args, grid, fmt, folder)
+    outputs, files, own = lay_out(shards, args, grid, cut, folder)
     extra = companions(checkpoint)
     texts = {f"{HF_FOLDER}/{name}": text for name, text in extra.texts.items()}
     texts |= own | {
@@ -159,8 +166,9 @@ def plan_split(
     plan = Plan(
         checkpoint.path, outputs, files, texts, copies, model.checks, _identity(checkpoint, files, summary), summary
     )
-    ledger = account(plan, checkpoint.tensors, lifted.dropped)
-    notes = lifted.notes + extra.notes
+    tensors = {output.name: output.expression for output in outputs}
+    ledger = account(plan, checkpoint.tensors, lifted.dropped | checked_away(model, tensors))
+    notes = lifted.notes + extra.notes + arguments.departures(model.config)
     if padded != model.config.vocab_size:
         rows = f"{padded - model.config.vocab_size} rows of zeros"
         notes += (f"the vocabulary of {model.config.vocab_size} is padded to {padded} with {rows}",)
@@ -195,6 +203,7 @@ def split_checkpoint(
     *,
     fmt: str = "torch",
     transformer_impl: str = "transformer_engine",
+    grouped: bool = False,
     divisible_by: int = 128,
     iteration: int | None = None,
     dtype: str | None = None,
@@ -224,6 +233,7 @@ def split_checkpoint(
         grid,
         fmt=fmt,
         transformer_impl=transformer_impl,
+        grouped=grouped,
         divisible_by=divisible_by,
         iteration=iteration,
         dtype=dtype,
@@ -249,6 +259,7 @@ def _report(conversion: SplitConversion, destination: str) -> Report:
     dtypes = Counter(TO_NAME[output.expression.dtype] for output in plan.tensors)
     grid = plan.summary["target"]["megatron"]
     shape = f"TP {grid['tp']}, PP {grid['pp']}" + (f", VPP {grid['vpp']}" if grid["vpp"] > 1 else "")
+    shape += f", EP {grid['ep']}" if grid["ep"] > 1 else ""
     target = plan.summary["target"]
     names = (
         f"torch, {target['transformer_impl']} names" if target["format"] == "torch" else "torch_dist, loads on any grid"

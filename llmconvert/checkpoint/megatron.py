@@ -1,16 +1,18 @@
 """Megatron checkpoints: which rank files there are, their arguments, their tensors by place.
 
 Layout (Megatron-LM, `megatron/training/checkpointing.py`): `latest_checkpointed_iteration.txt` names `iter_NNNNNNN/` or
-`release/`. In the `torch` format `mp_rank_TT[_PPP]/model_optim_rng.pt` in it holds `args`, `checkpoint_version`,
-`iteration` and `model`, or `model0`, `model1`, … with virtual pipeline stages. The `torch_dist` format knows no ranks; it
+`release/`. In the `torch` format `mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt` in it (tensor, pipeline, expert rank; the
+latter two where there are several) holds `args`, `checkpoint_version`, `iteration` and `model`, or `model0`, `model1`, …
+with virtual pipeline stages. The `torch_dist` format knows no ranks; it
 is opened as the one rank that would hold everything.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,11 +35,22 @@ class Place:
         pp_rank: pipeline rank.
         vpp_chunk: virtual chunk of that rank, 0 where there is one.
         tp_rank: tensor rank.
+        ep_rank: expert rank.
     """
 
     pp_rank: int
     vpp_chunk: int
     tp_rank: int
+    ep_rank: int = 0
+
+
+def ranks(tp: int, ep: int, etp: int) -> list[tuple[int, int]]:
+    """The (tensor rank, expert rank) of each rank file of a pipeline stage, in the order of ranks.
+
+    Of ep · etp ranks, rank r is tensor rank r mod tp, expert rank r div etp, and tensor rank r mod etp of its experts
+    (megatron-core, `parallel_state`, order tp-cp-ep-dp-pp).
+    """
+    return [(r % tp, r // etp) for r in range(ep * etp)]
 
 
 class Tile(NamedTuple):
@@ -65,8 +78,9 @@ class MegatronCheckpoint:
         iteration: of the training run, or what is written in place of one.
         format: torch or torch_dist.
         tp, pp, vpp: numbers of tensor ranks, pipeline ranks and virtual chunks a rank; 1 each for torch_dist.
+        ep, etp: numbers of expert ranks, and of tensor ranks of an expert; 1 each for torch_dist.
         tensors: for each place its tensors by name, in the tiles they are stored in (one, in the `torch` format).
-        items: what was written as one tensor, by name; stacked layers are one, with the axis of layers folded into
+        items: what was written as one tensor, by name; stacked layers and experts are one, with their axes folded into
             the rows.
         left_out: bytes of optimizer and random state that are there and are not the model's.
     """
@@ -82,6 +96,8 @@ class MegatronCheckpoint:
     tensors: dict[Place, dict[str, tuple[Tile, ...]]]
     items: dict[str, StoredTensor]
     left_out: int
+    ep: int = 1
+    etp: int = 1
 
     @property
     def stored(self) -> dict[str, StoredTensor]:
@@ -130,56 +146,90 @@ def open_megatron(directory: Path, *, iteration: int | None = None, trust_pickle
 
     Raises:
         BadInput: a rank is missing or cut short, or ranks contradict each other.
-        Refused: an old version, expert parallelism, or a pickle that names what is not known.
+        Refused: an old version, or a pickle that names what is not known.
     """
     release = release_folder(directory, iteration)
-    ranks: dict[tuple[int, int], Path] = {}
-    for entry in sorted(release.iterdir()):
-        match = _RANK.fullmatch(entry.name)
-        if match is None:
-            continue
-        if match[3] is not None:
-            raise Refused("expert-parallel ranks are not read", where=str(entry))
-        ranks[int(match[1]), int(match[2] or 0)] = entry / RANK_FILE
+    folders = {entry.name: entry for entry in sorted(release.iterdir()) if _RANK.fullmatch(entry.name)}
     if (release / METADATA).is_file():
         return _open_dist(directory, release, trust_pickle)
-    if not ranks:
+    if not folders:
         raise BadInput("there are no `mp_rank_…` folders", where=str(release))
-    tp, pp = max(rank for rank, _ in ranks) + 1, max(rank for _, rank in ranks) + 1
-    absent = [f"mp_rank_{t:02d}" + (f"_{p:03d}" if pp > 1 else "") for p in range(pp) for t in range(tp)
-              if (t, p) not in ranks or not ranks[t, p].is_file()]  # fmt: skip
-    if absent:
-        raise BadInput(f"{len(absent)} of {tp * pp} ranks are missing: {listing(absent)}", where=str(release))
+    args = _plain(_rank_file(next(iter(folders.values())) / RANK_FILE, trust_pickle).get("args"), release)
+    files, tp, pp, ep, etp = _files(release, folders, args)
     tensors: dict[Place, dict[str, tuple[Tile, ...]]] = {}
-    args: dict[str, Any] = {}
     first: Any = None
     left_out, vpp = 0, 1
-    for (t, p), path in sorted(ranks.items()):
-        hint = "add `--trust-pickle` to read past it; it becomes an inert stand-in and is not run"
-        value = read_object(path, inert="anything" if trust_pickle else "harmless", hint=hint)
-        if not isinstance(value, dict):
-            raise BadInput("the rank file does not hold a dictionary", where=str(path))
-        _check_version(value, path)
+    for (p, t, e), path in sorted(files.items()):
+        value = _rank_file(path, trust_pickle)
         models = sorted(
             (key for key in value if re.fullmatch(r"model\d*", str(key))), key=lambda key: int(key[5:] or 0)
         )
         if not models:
             raise BadInput("the rank file has no `model`", where=str(path))
-        own = _plain(value.get("args"), path)
         if first is None:
-            args, first, vpp = own, value, len(models)
+            first, vpp = value, len(models)
         elif len(models) != vpp or value.get("iteration") != first.get("iteration"):
             raise BadInput("ranks differ in iteration or in virtual stages: not one checkpoint", where=str(path))
         for chunk, key in enumerate(models):
-            place = Place(p, chunk, t)
+            place = Place(p, chunk, t, e)
             tensors[place] = _named(value[key], place, path)
         left_out += sum(_bytes(entry) for key, entry in value.items() if key not in (*models, "args"))
-    for key, found in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
-        if args.get(key) not in (None, found):
-            raise BadInput(f"args say {key} {args[key]}, there are {found}", where=str(release))
     items = {tile.stored.name: tile.stored for named in tensors.values() for (tile,) in named.values()}
     iteration_found = first.get("iteration", "release")
-    return MegatronCheckpoint(directory, release, args, iteration_found, "torch", tp, pp, vpp, tensors, items, left_out)
+    return MegatronCheckpoint(
+        directory, release, args, iteration_found, "torch", tp, pp, vpp, tensors, items, left_out, ep, etp
+    )
+
+
+def _rank_file(path: Path, trust_pickle: bool) -> dict[str, Any]:
+    hint = "add `--trust-pickle` to read past it; it becomes an inert stand-in and is not run"
+    if not path.is_file():
+        raise BadInput("the file is missing", where=str(path), hint="copy the whole checkpoint again")
+    value = read_object(path, inert="anything" if trust_pickle else "harmless", hint=hint)
+    if not isinstance(value, dict):
+        raise BadInput("the rank file does not hold a dictionary", where=str(path))
+    _check_version(value, path)
+    return value
+
+
+def _files(
+    release: Path, folders: Mapping[str, Path], args: Mapping[str, Any]
+) -> tuple[dict[tuple[int, int, int], Path], int, int, int, int]:
+    """The rank files by (pipeline rank, tensor rank, expert rank), and the numbers of ranks: tp, pp, ep, etp.
+
+    With two numbers in its name a folder is a pipeline's or an expert's: the args tell.
+
+    Raises:
+        BadInput: ranks are missing or too many.
+    """
+    numbers = {name: [int(text) for text in name.split("_")[2:]] for name in folders}
+    ep = args.get("expert_model_parallel_size") or 1
+    pipelined = (args.get("pipeline_model_parallel_size") or (2 if ep == 1 else 1)) > 1
+    found: dict[tuple[int, int, int], Path] = {}
+    for name, (t, *rest) in numbers.items():
+        p = rest.pop(0) if rest and pipelined else 0
+        found[p, t, rest.pop(0) if rest else 0] = folders[name] / RANK_FILE
+    tp, pp = (max(place[k] for place in found) + 1 for k in (1, 0))
+    for key, there in (("tensor_model_parallel_size", tp), ("pipeline_model_parallel_size", pp)):
+        if args.get(key) not in (None, there):
+            raise BadInput(f"args say {key} {args[key]}, there are {there}", where=str(release))
+    etp = (args.get("expert_tensor_parallel_size") or tp) if ep > 1 or args.get("num_experts") else tp
+    expected = {(p, t, e) for p in range(pp) for t, e in ranks(tp, ep, etp)}
+    absent = [rank_folder(Place(p, 0, t, e), pp, ep) for p, t, e in sorted(expected)
+              if (p, t, e) not in found or not found[p, t, e].is_file()]  # fmt: skip
+    if absent:
+        raise BadInput(f"{len(absent)} of {len(expected)} ranks are missing: {listing(absent)}", where=str(release))
+    surplus = [rank_folder(Place(p, 0, t, e), pp, ep) for p, t, e in sorted(found.keys() - expected)]
+    if surplus:
+        grid = f"TP {tp}, PP {pp}, EP {ep}, ETP {etp}"
+        raise BadInput(f"the args say {grid}, which has no {listing(surplus)}", where=str(release))
+    return found, tp, pp, ep, etp
+
+
+def rank_folder(place: Place, pp: int, ep: int) -> str:
+    """A rank's folder in the `torch` format (Megatron-LM, `get_checkpoint_name`)."""
+    pipeline = f"_{place.pp_rank:03d}" if pp > 1 else ""
+    return f"mp_rank_{place.tp_rank:02d}{pipeline}" + (f"_{place.ep_rank:03d}" if ep > 1 else "")
 
 
 _STACKED = "decoder.layers."
@@ -196,27 +246,58 @@ def _open_dist(directory: Path, release: Path, trust_pickle: bool) -> MegatronCh
         if name.startswith(("optimizer.", "rng_state", "rerun_state")):
             left_out += sum(chunk.stored.nbytes for chunk in tensor.chunks)
             continue
-        rest = name.removeprefix(_STACKED)
-        stacked = rest != name and not rest.split(".")[0].isdigit()
         for chunk in tensor.chunks:
-            stored, offsets = chunk.stored, chunk.offsets
-            if not stacked:
-                items[stored.name] = stored
-                named.setdefault(name, []).append(_tile(offsets, stored))
-                continue
-            inner = stored.shape[1:]
-            items[stored.name] = stored._replace(shape=(stored.shape[0] * inner[0], *inner[1:]))
-            each = stored.nbytes // max(1, stored.shape[0])
-            for k in range(stored.shape[0]):
-                layer = f"{_STACKED}{offsets[0] + k}.{rest}"
-                part = stored._replace(name=f"{stored.name}/{k}", offset=stored.offset + k * each, shape=inner)
-                named.setdefault(layer, []).append(_tile(offsets[1:], part))
+            items[chunk.stored.name] = _folded(name, chunk.stored)
+            for own, offsets, stored in _taken_apart(name, chunk.offsets, chunk.stored):
+                named.setdefault(own, []).append(_tile(offsets, stored))
     tensors = {name: tuple(tiles) for name, tiles in _joined_halves(named).items()}
     iteration = opened.common.get("iteration", "release")
     args = _plain(opened.common.get("args"), release)
     return MegatronCheckpoint(
         directory, release, args, iteration, "torch_dist", 1, 1, 1, {Place(0, 0, 0): tensors}, items, left_out
     )
+
+
+_GLOBAL_EXPERTS = ".mlp.experts.experts."
+_LOCAL_EXPERTS = ".mlp.experts.local_experts."
+
+
+def _axes(name: str) -> tuple[bool, bool]:
+    """Whether a global tensor's leading axes are layers, and experts."""
+    rest = name.removeprefix(_STACKED)
+    layers = rest != name and not rest.split(".")[0].isdigit()
+    _, found, rest = name.partition(_GLOBAL_EXPERTS)
+    return layers, bool(found) and not rest.split(".")[0].isdigit()
+
+
+def _folded(name: str, stored: StoredTensor) -> StoredTensor:
+    """A tensor with the axes of layers and experts folded into its rows."""
+    leading = sum(_axes(name))
+    return stored._replace(shape=(prod(stored.shape[: leading + 1]), *stored.shape[leading + 1 :]))
+
+
+def _taken_apart(
+    name: str, offsets: tuple[int, ...], stored: StoredTensor
+) -> Iterator[tuple[str, tuple[int, ...], StoredTensor]]:
+    """A chunk of a global tensor as the chunks of each layer's and each expert's own, under their names on one rank."""
+    layers, experts = _axes(name)
+    if not layers and not experts:
+        yield _renamed(name), offsets, stored
+        return
+    inner, each = stored.shape[1:], stored.nbytes // max(1, stored.shape[0])
+    for k in range(stored.shape[0]):
+        number = offsets[0] + k
+        if layers:
+            own = f"{_STACKED}{number}.{name.removeprefix(_STACKED)}"
+        else:
+            own = name.replace(_GLOBAL_EXPERTS, f"{_GLOBAL_EXPERTS}{number}.")
+        part = stored._replace(name=f"{stored.name}/{k}", offset=stored.offset + k * each, shape=inner)
+        yield from _taken_apart(own, offsets[1:], part)
+
+
+def _renamed(name: str) -> str:
+    """As on one rank; `mtp_model_layer` is what some versions of megatron-core call `transformer_layer`."""
+    return name.replace(_GLOBAL_EXPERTS, _LOCAL_EXPERTS).replace(".mtp_model_layer.", ".transformer_layer.")
 
 
 def _tile(offsets: tuple[int, ...], stored: StoredTensor) -> Tile:
@@ -266,7 +347,7 @@ def _named(model: Any, place: Place, path: Path) -> dict[str, tuple[Tile, ...]]:
     for name, value in model.items():
         if isinstance(value, StoredTensor) and not name.endswith("_extra_state"):
             unique = f"{path.parent.name}/{place.vpp_chunk}/{name}"
-            found[name] = (Tile(0, 0, value._replace(name=unique)),)
+            found[_renamed(name)] = (Tile(0, 0, value._replace(name=unique)),)
         elif not name.endswith("_extra_state"):
             raise BadInput(f"`{name}` is not a tensor", where=str(path))
     return found

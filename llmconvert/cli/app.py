@@ -301,6 +301,11 @@ def roundtrip(
 Tp = Annotated[int, typer.Option("--tp", "--tensor-model-parallel-size", help="tensor ranks")]
 Pp = Annotated[int, typer.Option("--pp", "--pipeline-model-parallel-size", help="pipeline ranks")]
 Vpp = Annotated[int, typer.Option("--vpp", help="virtual chunks a pipeline rank")]
+Ep = Annotated[int, typer.Option("--ep", "--expert-model-parallel-size", help="expert ranks")]
+Etp = Annotated[
+    int | None,
+    typer.Option("--etp", "--expert-tensor-parallel-size", help="tensor ranks of an expert; as many as --tp if absent"),
+]
 First = Annotated[int | None, typer.Option("--num-layers-in-first-pipeline-stage", help="layers of the first rank")]
 Last = Annotated[int | None, typer.Option("--num-layers-in-last-pipeline-stage", help="layers of the last rank")]
 EmbeddingCounts = Annotated[
@@ -353,6 +358,12 @@ def split(
     embedding_counts: EmbeddingCounts = False,
     loss_counts: LossCounts = False,
     layout: Layout = None,
+    ep: Ep = 1,
+    etp: Etp = None,
+    grouped: Annotated[
+        bool,
+        typer.Option("--moe-grouped-gemm", help="name experts as Transformer Engine's grouped matrix product does"),
+    ] = False,
     divisible_by: Divisible = 128,
     transformer_impl: Annotated[
         str, typer.Option(help="whose parameter names to write: transformer_engine or local")
@@ -372,16 +383,16 @@ def split(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Hugging Face → Megatron: cut a checkpoint over tensor and pipeline ranks."""
+    """Hugging Face → Megatron: cut a checkpoint over tensor, pipeline and expert ranks."""
     from functools import partial
 
     from llmconvert.converters.megatron.grid import Grid
     from llmconvert.converters.megatron.split import split_checkpoint
 
-    grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout)
+    grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout, ep, etp)
     run = partial(
         split_checkpoint, source, destination, grid, fmt=format, transformer_impl=transformer_impl,
-        divisible_by=divisible_by, iteration=iteration,
+        grouped=grouped, divisible_by=divisible_by, iteration=iteration,
         dtype=dtype, spec_file=spec_file, verify=verify, device=device, load=load, workers=workers,
         overwrite=overwrite, resume=resume, sync=sync,
     )  # fmt: skip
@@ -439,6 +450,12 @@ def reshard(
     embedding_counts: EmbeddingCounts = False,
     loss_counts: LossCounts = False,
     layout: Layout = None,
+    ep: Ep = 1,
+    etp: Etp = None,
+    grouped: Annotated[
+        bool | None,
+        typer.Option("--moe-grouped-gemm/--no-moe-grouped-gemm", help="how experts are named; as in SRC if absent"),
+    ] = None,
     divisible_by: Divisible = 128,
     transformer_impl: Annotated[
         str | None, typer.Option(help="whose parameter names to write: transformer_engine or local; SRC's if absent")
@@ -465,10 +482,10 @@ def reshard(
     from llmconvert.converters.megatron.grid import Grid
     from llmconvert.converters.megatron.reshard import reshard_checkpoint
 
-    grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout)
+    grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout, ep, etp)
     run = partial(
-        reshard_checkpoint, source, destination, grid, fmt=format, transformer_impl=transformer_impl, divisible_by=divisible_by,
-        iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle, verify=verify,
+        reshard_checkpoint, source, destination, grid, fmt=format, transformer_impl=transformer_impl, grouped=grouped,
+        divisible_by=divisible_by, iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle, verify=verify,
         device=device, load=load, workers=workers, overwrite=overwrite, resume=resume, sync=sync,
     )  # fmt: skip
     _show(run, json, quiet, dry_run)
@@ -485,6 +502,8 @@ def megatron_args(
     embedding_counts: EmbeddingCounts = False,
     loss_counts: LossCounts = False,
     layout: Layout = None,
+    ep: Ep = 1,
+    etp: Etp = None,
     divisible_by: Divisible = 128,
     spec_file: SpecFile = None,
     json: Json = False,
@@ -494,8 +513,8 @@ def megatron_args(
     from llmconvert.converters.megatron.grid import Grid
     from llmconvert.converters.megatron.split import plan_split
 
-    grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout)
-    args = plan_split(source, grid, divisible_by=divisible_by, spec_file=spec_file).args
+    grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout, ep, etp)
+    args = plan_split(source, grid, fmt="torch_dist", divisible_by=divisible_by, spec_file=spec_file).args
     value = {"args": args, "flags": arguments.flags(args)}
     Output(json_mode=json).result(value, arguments.script(args, "DIR").rstrip())
 
