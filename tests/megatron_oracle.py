@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import pickle
 import signal
@@ -26,8 +27,9 @@ import traceback
 import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +45,11 @@ _TIMEOUT = 120  # seconds a rank waits for another
 
 @dataclass(frozen=True)
 class Model:
-    """A dense decoder with RMSNorm, rotary embedding and SwiGLU, in Megatron's words.
+    """A decoder with RMSNorm, rotary embedding and SwiGLU, in Megatron's words.
 
-    `vocab_size` counts the tokens there are, `padded_vocab_size` the rows of the embedding.
+    `vocab_size` counts the tokens there are, `padded_vocab_size` the rows of the embedding. Without `num_experts` the
+    model is dense; `moe_layer_freq` then says, layer by layer, which have experts (1), and is 1 where all do. The
+    fields from `q_lora_rank` on matter with `multi_latent_attention` only; such a model has to have `qk_layernorm`.
     """
 
     num_layers: int = 4
@@ -65,6 +69,32 @@ class Model:
     add_bias_linear: bool = False
     qk_layernorm: bool = False
     tied: bool = False
+    num_experts: int | None = None
+    moe_ffn_hidden_size: int | None = None
+    moe_router_topk: int = 2
+    moe_router_pre_softmax: bool = False
+    moe_router_score_function: str = "softmax"
+    moe_router_enable_expert_bias: bool = False
+    moe_router_topk_scaling_factor: float | None = None
+    moe_router_num_groups: int | None = None
+    moe_router_group_topk: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_gate: bool = False
+    moe_layer_freq: int | tuple[int, ...] = 1
+    mtp_num_layers: int | None = None
+    multi_latent_attention: bool = False
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 32
+    qk_head_dim: int = 128
+    qk_pos_emb_head_dim: int = 64
+    v_head_dim: int = 128
+    rope_type: str = "rope"
+    rotary_scaling_factor: float = 1.0
+    original_max_position_embeddings: int = 4096
+    mscale: float = 1.0
+    mscale_all_dim: float = 0.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +110,8 @@ class Grid:
         embedding_counts: the embedding counts as a layer when layers are dealt.
         loss_counts: the head counts as a layer.
         layout: Megatron's layout string, such as `Et|tttL`, or None.
+        ep: expert-parallel ranks.
+        etp: tensor-parallel ranks inside an expert, or None for `tp`.
     """
 
     tp: int = 1
@@ -90,16 +122,21 @@ class Grid:
     embedding_counts: bool = False
     loss_counts: bool = False
     layout: str | None = None
+    ep: int = 1
+    etp: int | None = None
 
     @property
     def size(self) -> int:
-        """Ranks in all."""
-        return self.tp * self.pp
+        """Ranks in all: as few as hold both the grid of attention and that of the experts."""
+        return self.pp * math.lcm(self.tp, (self.etp or self.tp) * self.ep)
 
 
 @dataclass(frozen=True)
 class Load:
     """Load a checkpoint strictly and run it: gives logits, float32 [batch, tokens, vocab_size].
+
+    With `mtp_num_layers` the logits are [1 + mtp_num_layers, batch, tokens, vocab_size]: the model's own, then what
+    each further layer predicts.
 
     Attributes:
         model: its sizes; nothing is taken from the checkpoint's own args.
@@ -121,7 +158,8 @@ class Save(Load):
     """Save a random model; gives the logits it has, as `Load` does.
 
     Attributes:
-        seed: of the weights: N(0, 0.2), norm weights around one. Rows that pad the vocabulary are random too.
+        seed: of the weights: N(0, 0.2), norm weights around one, the routers' expert biases too. Rows that pad the
+            vocabulary are random too.
         metadata: options of the `torch_dist` layout, such as {"non_homogeneous_layers": True}.
     """
 
@@ -218,21 +256,28 @@ def arguments(model: Model, grid: Grid, fmt: str) -> Namespace:
     sizes = {
         key: value for key, value in asdict(model).items() if key not in ("vocab_size", "rope_scaling_factor", "tied")
     }
+    sizes["moe_layer_freq"] = _layer_freq(model)
     return Namespace(
         **sizes,
-        seq_length=64, max_position_embeddings=64, group_query_attention=True, make_vocab_size_divisible_by=1,
+        seq_length=64, max_position_embeddings=64, make_vocab_size_divisible_by=1,
+        group_query_attention=not model.multi_latent_attention,
         position_embedding_type="rope", add_position_embedding=False, use_rotary_position_embeddings=True,
         use_rope_scaling=model.rope_scaling_factor is not None, rope_scaling_factor=model.rope_scaling_factor or 8.0,
         swiglu=True, squared_relu=False, normalization="RMSNorm", apply_layernorm_1p=False,
-        apply_query_key_layer_scaling=False, attention_dropout=0.0, hidden_dropout=0.0, num_experts=None,
-        multi_latent_attention=False, untie_embeddings_and_output_weights=not model.tied, ckpt_format=fmt,
+        apply_query_key_layer_scaling=False, attention_dropout=0.0, hidden_dropout=0.0,
+        moe_grouped_gemm=False, moe_token_dispatcher_type="allgather", untie_embeddings_and_output_weights=not model.tied, ckpt_format=fmt,
         tokenizer_type="NullTokenizer", tensor_model_parallel_size=grid.tp, pipeline_model_parallel_size=grid.pp,
         virtual_pipeline_model_parallel_size=grid.vpp, decoder_first_pipeline_num_layers=grid.first,
         decoder_last_pipeline_num_layers=grid.last, pipeline_model_parallel_layout=grid.layout,
         account_for_embedding_in_pipeline_split=grid.embedding_counts,
-        account_for_loss_in_pipeline_split=grid.loss_counts, expert_model_parallel_size=1, iteration=ITERATION,
+        account_for_loss_in_pipeline_split=grid.loss_counts, expert_model_parallel_size=grid.ep,
+        expert_tensor_parallel_size=grid.etp or grid.tp, iteration=ITERATION,
         consumed_train_samples=0, params_dtype="float32",
     )  # fmt: skip
+
+
+def _layer_freq(model: Model) -> int | list[int]:
+    return model.moe_layer_freq if isinstance(model.moe_layer_freq, int) else list(model.moe_layer_freq)
 
 
 # What follows runs in the workers only.
@@ -243,15 +288,34 @@ def gpt_model(model: Model, grid: Grid, vp_stage: int | None = None) -> Any:
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_decoder_layer_specs,
+        get_gpt_mtp_block_spec,
+    )
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-    config = TransformerConfig(
+    more: dict[str, Any] = {}
+    if model.num_experts is not None:
+        more |= {
+            key: value for key, value in asdict(model).items() if key.startswith("moe_") and key != "moe_layer_freq"
+        }
+        more |= {
+            "num_moe_experts": model.num_experts,
+            "moe_layer_freq": _layer_freq(model),
+            "moe_token_dispatcher_type": "allgather",  # the one that needs no CUDA stream
+            "moe_router_load_balancing_type": "none",
+        }
+    if model.multi_latent_attention:
+        names = [item.name for item in fields(Model)]
+        more |= {name: getattr(model, name) for name in names[names.index("multi_latent_attention") :]}
+        more |= {"rotary_base": model.rotary_base, "rotary_percent": model.rotary_percent}
+    config = (MLATransformerConfig if model.multi_latent_attention else TransformerConfig)(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
+        num_query_groups=None if model.multi_latent_attention else model.num_query_groups,
         kv_channels=model.kv_channels,
         layernorm_epsilon=model.norm_epsilon,
         rotary_interleaved=model.rotary_interleaved,
@@ -280,11 +344,23 @@ def gpt_model(model: Model, grid: Grid, vp_stage: int | None = None) -> Any:
         account_for_embedding_in_pipeline_split=grid.embedding_counts,
         account_for_loss_in_pipeline_split=grid.loss_counts,
         pipeline_model_parallel_layout=grid.layout,
+        expert_model_parallel_size=grid.ep,
+        expert_tensor_parallel_size=grid.etp or grid.tp,
+        mtp_num_layers=model.mtp_num_layers,
+        **more,
     )
+    spec = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm", vp_stage=vp_stage)
+    every = get_gpt_decoder_layer_specs(config, False, normalization="RMSNorm")
+    if model.multi_latent_attention:
+        for layer in (*spec.layer_specs, *every):
+            layer.submodules.self_attention.submodules.core_attention = _latent_attention()
+    further = None
+    if model.mtp_num_layers:
+        further = get_gpt_mtp_block_spec(config, every[-1], False, vp_stage=vp_stage)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     built = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_layer_local_spec(qk_layernorm=model.qk_layernorm, normalization="RMSNorm"),
+        transformer_layer_spec=spec,
         vocab_size=model.padded_vocab_size,
         max_sequence_length=64,
         pre_process=stage == 0 and not vp_stage,
@@ -296,9 +372,23 @@ def gpt_model(model: Model, grid: Grid, vp_stage: int | None = None) -> Any:
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling_factor is not None,
         rope_scaling_factor=model.rope_scaling_factor or 8.0,
+        mtp_block_spec=further,
         vp_stage=vp_stage,
     )
     return built.eval()
+
+
+@cache
+def _latent_attention() -> type:
+    """Megatron-core's own attention without fused kernels, which takes no values of another width than keys."""
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    class LatentAttention(DotProductAttention):  # type: ignore[misc]
+        def __init__(self, *given: Any, k_channels: int = 0, v_channels: int = 0, **options: Any) -> None:
+            super().__init__(*given, **options)
+            self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+    return LatentAttention
 
 
 @contextlib.contextmanager
@@ -311,7 +401,13 @@ def _parallel(grid: Grid, rank: int, store: Path) -> Iterator[None]:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=grid.size, timeout=timedelta(seconds=_TIMEOUT)
     )
     try:
-        parallel_state.initialize_model_parallel(grid.tp, grid.pp, grid.vpp)
+        parallel_state.initialize_model_parallel(
+            grid.tp,
+            grid.pp,
+            grid.vpp,
+            expert_model_parallel_size=grid.ep,
+            expert_tensor_parallel_size=grid.etp,
+        )
         tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
         yield
     finally:
@@ -339,26 +435,53 @@ def _forward(chunks: list[Any], model: Model, grid: Grid, input_ids: np.ndarray)
                 hidden = torch.empty(tokens, batch, model.hidden_size)
                 torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
             chunk.set_input_tensor(hidden)
-        output = chunk(ids, positions, masked)
+        if depth == grid.pp * len(chunks) - 1 and model.mtp_num_layers:
+            output = _predictions(chunk, ids, positions, masked)
+        else:
+            output = chunk(ids, positions, masked)
         if depth < grid.pp * len(chunks) - 1 and grid.pp > 1:
             torch.distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
     return output.numpy()[..., : model.vocab_size] if stage == grid.pp - 1 else None
 
 
+def _predictions(chunk: Any, ids: Any, positions: Any, masked: Any) -> Any:
+    """The model's logits and those of its further layers, [1 + layers, batch, tokens, padded_vocab_size].
+
+    With such layers megatron-core gives the loss alone, so the logits are taken where they leave the head: first those
+    of the further layers in order, last the model's own. The loss works in place, hence the copies.
+    """
+    import torch
+
+    seen: list[Any] = []
+    hook = chunk.output_layer.register_forward_hook(lambda _, __, found: seen.append(found[0].transpose(0, 1).clone()))
+    try:
+        chunk(ids, positions, masked, labels=ids)
+    finally:
+        hook.remove()
+    return torch.stack([seen[-1], *seen[:-1]])
+
+
 def _randomise(chunk: Any, seed: int) -> None:
-    """Weights that depend on the seed, the parameter, its layer and, where it is cut, the rank."""
+    """Weights that depend on the seed, the parameter, its layer, its expert and, where it is cut, the rank."""
     import torch
     from megatron.core import parallel_state
 
-    rank, shift = parallel_state.get_tensor_model_parallel_rank(), 0
+    shift = 0
     if len(chunk.decoder.layers):
         shift = chunk.decoder.layers[0].layer_number - 1
-    for name, parameter in chunk.named_parameters():
+    biases = [(name, buffer) for name, buffer in chunk.named_buffers() if name.endswith("expert_bias")]
+    for name, parameter in (*chunk.named_parameters(), *biases):
         words = name.split(".")
         if words[:2] == ["decoder", "layers"]:
             words[2] = str(int(words[2]) + shift)
         if chunk.share_embeddings_and_output_weights and words[0] == "output_layer":
             words = ["embedding", "word_embeddings", "weight"]  # the last stage's copy
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        if "local_experts" in words:
+            place = words.index("local_experts") + 1
+            local = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+            words[place] = str(int(words[place]) + local * parallel_state.get_expert_model_parallel_rank())
+            rank = parallel_state.get_expert_tensor_parallel_rank()
         part = rank if getattr(parameter, "tensor_model_parallel", False) else 0
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {'.'.join(words)} {part}".encode()))
         parameter.normal_(0.0, 0.2, generator=generator)
@@ -377,6 +500,8 @@ def _rank_file(folder: Path, grid: Grid) -> Path:
     name = f"mp_rank_{parallel_state.get_tensor_model_parallel_rank():02d}"
     if grid.pp > 1:
         name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
+    if grid.ep > 1:
+        name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
     return folder / name / "model_optim_rng.pt"
 
 
@@ -431,7 +556,12 @@ def _save(job: Save, chunks: list[Any]) -> None:
 def _work(folder: Path, rank: int) -> None:
     """A worker: its part in every job."""
     import torch
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
 
+    # Without Transformer Engine these modules find names of it that are None and take them for the real ones.
+    multi_latent_attention.HAVE_TE = False
+    moe_utils.te_general_gemm = None
     # On a machine without CUDA megatron-core asks for three things only CUDA has.
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[assignment, method-assign]
