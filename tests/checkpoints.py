@@ -77,6 +77,25 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
                                        "num_nextn_predict_layers": 0}),
     "glm4_moe": ("Glm4MoeConfig", {**_EXPERTS, **_GROUPS, "head_dim": 16, "use_qk_norm": True, "attention_bias": True}),
 }  # fmt: skip
+# For Megatron alone, which routes as transformers does only within bounds. Transformers weighs a group of experts by its
+# best two, megatron-core by its best top_k / topk_group: only where these are two do both route alike.
+LARGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "megatron_qwen3_moe": ("Qwen3MoeConfig", {
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 16, "norm_topk_prob": True}),
+    "megatron_glm4_moe": ("Glm4MoeConfig", {
+        "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 16, "use_qk_norm": True,
+        "attention_bias": True, "routed_scaling_factor": 1.7}),
+    # The norms of the latents have eps 1e-6 whatever the config says; Megatron has one eps for all.
+    "megatron_deepseek_v2": ("DeepseekV2Config", {
+        "num_key_value_heads": 8, "q_lora_rank": None, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+        "v_head_dim": 10, "n_routed_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40,
+        "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 1.7, "rms_norm_eps": 1e-6}),
+    "megatron_deepseek_v3": ("DeepseekV3Config", {
+        "num_key_value_heads": 8, "q_lora_rank": 24, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8,
+        "v_head_dim": 10, "n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2,
+        "moe_intermediate_size": 40, "n_shared_experts": 2, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5,
+        "rms_norm_eps": 1e-6}),
+}  # fmt: skip
 
 _QWEN = {
     "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": 48, "intermediate_size": 208,
@@ -139,7 +158,7 @@ ALL = (*NATIVE, *REMOTE)
 
 
 def randomise(model: nn.Module, seed: int) -> None:
-    """Make every parameter matter: N(0, 0.2), and norm weights around one."""
+    """Make every parameter matter: N(0, 0.2), and norm weights around one; likewise the routers' correction biases."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -179,7 +198,7 @@ def build_native(arch: str, seed: int = 0, **overrides: Any) -> nn.Module:
     """The real transformers model, tiny and random."""
     import transformers
 
-    cls, extra = NATIVE[arch]
+    cls, extra = {**NATIVE, **LARGE}[arch]
     config = getattr(transformers, cls)(**{**BASE, **extra, **overrides})
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     randomise(model, seed)

@@ -73,7 +73,7 @@ def test_shards_are_those_written_by_hand(name: str, tmp_path: Path) -> None:
     split_checkpoint(
         source, tmp_path / "ranks", own(case.grid), transformer_impl="local", divisible_by=1, verify="weights"
     )
-    for (p, v, t), expected in ranks.shards(case).items():
+    for (p, v, t, _), expected in ranks.shards(case).items():
         folder = f"mp_rank_{t:02d}" + (f"_{p:03d}" if case.grid.pp > 1 else "")
         path = tmp_path / "ranks" / "release" / folder / "model_optim_rng.pt"
         whole = torch.load(path, weights_only=False, mmap=True)

@@ -28,13 +28,18 @@ def chunks_of(case: Case) -> list[Chunk]:
     return [Chunk(depth % pp, depth // pp, len(stage)) for depth, stage in enumerate(case.stages)]
 
 
+def dense_shards(case: Case) -> Shards:
+    """The hand-written shards of a case without experts, by (pipeline rank, chunk, tensor rank)."""
+    return {place[:3]: part for place, part in ranks.shards(case).items()}
+
+
 def reader(shards: Shards) -> Read:
     return lambda pp, chunk, tp, name: shards[pp, chunk, tp][name]
 
 
 def reference(case: Case, shards: Shards | None = None, **options: Any) -> MegatronForCausalLM:
     args = vars(arguments(ranks.model_of(case), case.grid, "torch"))
-    shards = ranks.shards(case) if shards is None else shards
+    shards = dense_shards(case) if shards is None else shards
     return MegatronForCausalLM(args, chunks_of(case), reader(shards), tp_size=case.grid.tp, **options)
 
 
@@ -51,7 +56,7 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 @pytest.mark.parametrize("name", CASES)
 def test_gives_the_logits_of_transformers(name: str) -> None:
     case = CASES[name]
-    shards = ranks.shards(case)
+    shards = dense_shards(case)
     model = reference(case, shards)
     assert relative(logits(model), ranks.expected(case)) <= TOLERANCE
     assert model.read == {(*place, tensor) for place, part in shards.items() for tensor in part}
@@ -104,7 +109,7 @@ def test_names_of_transformer_engine(name: str) -> None:
             ): value
             for tensor, value in part.items()
         }
-        for place, part in ranks.shards(case).items()
+        for place, part in dense_shards(case).items()
     }
     assert relative(logits(reference(case, spelled)), logits(reference(case))) == 0.0
 
@@ -156,7 +161,7 @@ def test_hidden_states_of_every_layer() -> None:
 
 def test_holds_few_tensors_at_a_time() -> None:
     case = CASES["tp2"]
-    shards, alive, most = ranks.shards(case), weakref.WeakSet[Tensor](), 0
+    shards, alive, most = dense_shards(case), weakref.WeakSet[Tensor](), 0
 
     def read(pp: int, chunk: int, tp: int, name: str) -> Tensor:
         nonlocal most
@@ -206,7 +211,7 @@ def test_groups_count_only_where_grouping_is_on() -> None:
     case = CASES["tp4_no_groups"]
     args = {**vars(arguments(ranks.model_of(case), case.grid, "torch")), "group_query_attention": False}
     args["num_query_groups"] = 1  # Megatron-LM's default
-    model = MegatronForCausalLM(args, chunks_of(case), reader(ranks.shards(case)), tp_size=4)
+    model = MegatronForCausalLM(args, chunks_of(case), reader(dense_shards(case)), tp_size=4)
     assert relative(logits(model), ranks.expected(case)) <= TOLERANCE
 
 
@@ -226,7 +231,7 @@ def _drift(part: dict[str, Tensor]) -> None:
     ("spoil", "words"), [(_drop, "has no `decoder.layers.1"), (_narrow, "is \\(48, 51\\), not"), (_drift, "differs")]
 )
 def test_says_where_shards_are_wrong(spoil: Callable[[dict[str, Tensor]], None], words: str) -> None:
-    shards = ranks.shards(CASES["tp2_pp2"])
+    shards = dense_shards(CASES["tp2_pp2"])
     spoil(shards[1, 0, 1])
     with pytest.raises(BadInput, match=words) as caught:
         logits(reference(CASES["tp2_pp2"], shards))
