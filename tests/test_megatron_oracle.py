@@ -1,5 +1,6 @@
 """The oracle itself: real megatron-core gives transformers' logits for rank files written by hand, and not otherwise."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import megatron_oracle as oracle
@@ -21,18 +22,23 @@ def relative(found: np.ndarray | Failed, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
-def test_hand_written_ranks_give_the_logits_of_transformers(tmp_path: Path) -> None:
-    cases = {**ranks.CASES, **ranks.CONTROLS}
+@pytest.mark.parametrize(
+    ("cases", "controls"), [(ranks.CASES, ranks.CONTROLS), (ranks.LARGE_CASES, ranks.LARGE_CONTROLS)]
+)
+def test_hand_written_ranks_give_the_logits_of_transformers(
+    cases: dict[str, ranks.Case], controls: dict[str, ranks.Case], tmp_path: Path
+) -> None:
+    every = {**cases, **controls}
     jobs = [
         Load(ranks.model_of(case), case.grid, ranks.write(case, tmp_path / name), "torch", ranks.input_ids())
-        for name, case in cases.items()
+        for name, case in every.items()
     ]
     errors = {
         name: relative(found, ranks.expected(case))
-        for (name, case), found in zip(cases.items(), oracle.run(jobs), strict=True)
+        for (name, case), found in zip(every.items(), oracle.run(jobs), strict=True)
     }
-    assert {name: error for name, error in errors.items() if name in ranks.CASES and error > TOLERANCE} == {}
-    assert {name: error for name, error in errors.items() if name in ranks.CONTROLS and error < 1e-2} == {}
+    assert {name: error for name, error in errors.items() if name in cases and error > TOLERANCE} == {}
+    assert {name: error for name, error in errors.items() if name in controls and error < 1e-2} == {}
 
 
 def test_what_it_saves_it_loads_on_any_grid_and_strictly(tmp_path: Path) -> None:
@@ -80,3 +86,76 @@ def test_what_it_saves_it_loads_on_any_grid_and_strictly(tmp_path: Path) -> None
     why = ("Unexpected key", "Missing key", "the grid asks for", "CheckpointException", "0.mlp.linear_fc2.weight")
     for found, words in zip(results[-len(refused) :], why, strict=True):
         assert isinstance(found, Failed) and words in str(found)
+
+
+MIXTURE = Model(
+    num_layers=3, add_qkv_bias=True, qk_layernorm=True, num_experts=6, moe_ffn_hidden_size=40, moe_router_topk=3,
+    moe_router_pre_softmax=True, moe_shared_expert_intermediate_size=56, moe_shared_expert_gate=True,
+)  # fmt: skip
+# What a list of layers does to names in torch_dist, latent attention, and a layer for a further token.
+LATENT = Model(
+    num_layers=3, qk_layernorm=True, num_experts=8, moe_ffn_hidden_size=40, moe_router_topk=4,
+    moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_topk_scaling_factor=2.5,
+    moe_router_num_groups=4, moe_router_group_topk=2, moe_shared_expert_intermediate_size=80, moe_layer_freq=(0, 1, 1),
+    mtp_num_layers=1, multi_latent_attention=True, q_lora_rank=24, kv_lora_rank=20, qk_head_dim=12,
+    qk_pos_emb_head_dim=8, v_head_dim=10, norm_epsilon=1e-6,
+)  # fmt: skip
+
+
+def saved(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The tensors of every rank file of format `torch`, by folder."""
+    files = sorted(directory.glob("iter_0000001/*/model_optim_rng.pt"))
+    every = {path.parent.name: torch.load(path, weights_only=False)["model"] for path in files}
+    return {
+        name: {key: value for key, value in part.items() if isinstance(value, torch.Tensor)}
+        for name, part in every.items()
+    }
+
+
+@pytest.mark.parametrize("model", [MIXTURE, LATENT], ids=["mixture", "latent"])
+def test_what_it_saves_of_experts_it_loads_on_any_grid(model: Model, tmp_path: Path) -> None:
+    ids, cut, apart = ranks.input_ids(), Grid(tp=2, ep=2), Grid(tp=2, ep=2, etp=1)
+    staged = Grid(pp=2, ep=2, first=2)
+    folders = {name: tmp_path / name for name in ("one", "torch", "apart", "staged", "dist", "layers", "halves")}
+    groups = [
+        [
+            Save(model, cut, folders["torch"], "torch", ids, seed=1),
+            Load(model, cut, folders["torch"], "torch", ids),
+            Save(model, cut, folders["dist"], "torch_dist", ids, seed=1),
+            *(Load(model, grid, folders["dist"], "torch_dist", ids) for grid in (Grid(), Grid(tp=4), apart, staged)),
+            Save(model, cut, folders["layers"], "torch_dist", ids, 1, {"non_homogeneous_layers": True}),
+            Load(model, staged, folders["layers"], "torch_dist", ids),
+            Save(model, cut, folders["halves"], "torch_dist", ids, 1, {"singleton_local_shards": True}),
+            *(Load(model, grid, folders["halves"], "torch_dist", ids) for grid in (cut, Grid(), staged)),
+        ],
+        [
+            Save(model, apart, folders["apart"], "torch", ids, seed=1),
+            Load(model, apart, folders["apart"], "torch", ids),
+        ],
+        [  # what no rank cuts does not depend on the grid
+            Save(model, Grid(), folders["one"], "torch", ids, seed=1),
+            Load(model, Grid(), folders["one"], "torch", ids),
+            Save(model, staged, folders["staged"], "torch", ids, seed=1),
+            Load(model, staged, folders["staged"], "torch", ids),
+        ],
+    ]
+    refused = [
+        Load(replace(model, num_experts=4), Grid(), folders["one"], "torch", ids),
+        Load(replace(model, moe_shared_expert_intermediate_size=None), Grid(), folders["one"], "torch", ids),
+        Load(replace(model, moe_ffn_hidden_size=32), Grid(), folders["dist"], "torch_dist", ids),
+    ]
+    results = oracle.run([job for group in groups for job in group] + refused)
+    for group in groups:
+        first, *others = (results.pop(0) for _ in group)
+        assert isinstance(first, np.ndarray)
+        assert max(relative(found, first) for found in others) <= TOLERANCE
+    why = ("Unexpected key", "Unexpected key", "shape")
+    for found, words in zip(results, why, strict=True):
+        assert isinstance(found, Failed) and words in str(found)
+    assert list(saved(folders["apart"])) == ["mp_rank_00_000", "mp_rank_01_001"]
+    assert list(saved(folders["torch"])) == [f"mp_rank_0{tp}_00{ep}" for tp in (0, 1) for ep in (0, 1)]
+    assert list(saved(folders["staged"])) == [f"mp_rank_00_00{pp}_00{ep}" for pp in (0, 1) for ep in (0, 1)]
+    (whole,) = saved(folders["one"]).values()
+    experts = [tensor for name, tensor in whole.items() if name.endswith("linear_fc2.weight") and ".local_" in name]
+    assert len({tensor.numpy().tobytes() for tensor in experts}) == len(experts)
+    assert all(tensor.std() > 0.05 for tensor in whole.values())
