@@ -99,7 +99,8 @@ _YARN = {"rope_theta": 10000.0, "rope_scaling": {
     "beta_fast": 32, "beta_slow": 1}}  # fmt: skip
 _MODELS: dict[str, Case] = {
     "qwen2_moe": Case("qwen2_moe", Grid(), overrides={
-        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56, "mlp_only_layers": []}),
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "shared_expert_intermediate_size": 56,
+        "mlp_only_layers": []}),
     "qwen3_moe": Case("megatron_qwen3_moe", Grid()),
     "mixtral": Case("mixtral", Grid(), overrides={"num_local_experts": 6, "head_dim": 16}),
     "deepseek_v3": Case("megatron_deepseek_v3", Grid(), mtp=1),
@@ -241,7 +242,7 @@ def _mixture(case: Case, config: Any) -> dict[str, Any]:
     """Megatron's words for the experts of a model, from the meaning of each architecture's config."""
     width = config.intermediate_size if case.arch == "mixtral" else config.moe_intermediate_size
     found = {"moe_ffn_hidden_size": width, "moe_router_topk": config.num_experts_per_tok}
-    if case.arch in ("mixtral", "qwen3_moe", "qwen2_moe"):
+    if case.arch in ("mixtral", "megatron_qwen3_moe", "qwen2_moe"):
         found |= {"num_experts": config.num_local_experts if case.arch == "mixtral" else config.num_experts}
         found |= {"moe_router_pre_softmax": case.arch != "mixtral" and not config.norm_topk_prob}
         if case.arch == "qwen2_moe":
@@ -253,7 +254,7 @@ def _mixture(case: Case, config: Any) -> dict[str, Any]:
         "moe_shared_expert_intermediate_size": config.n_shared_experts * width,
         "moe_router_topk_scaling_factor": config.routed_scaling_factor,
     }
-    if case.arch == "deepseek_v2":
+    if case.arch == "megatron_deepseek_v2":
         return found | {"moe_router_pre_softmax": True}
     found |= {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
     if config.n_group > 1:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
 from llmconvert.converters.megatron import grid as grids
 from llmconvert.converters.megatron.merge import merge_checkpoint
@@ -26,14 +27,53 @@ TOLERANCE = 1e-5
 def own(grid: oracle.Grid) -> grids.Grid:
     """The oracle's grid as ours."""
     return grids.Grid(
-        grid.tp, grid.pp, grid.vpp or 1, grid.first, grid.last, grid.embedding_counts, grid.loss_counts, grid.layout
-    )
+        grid.tp, grid.pp, grid.vpp or 1, grid.first, grid.last, grid.embedding_counts, grid.loss_counts, grid.layout,
+        grid.ep, grid.etp,
+    )  # fmt: skip
 
 
 def source_of(case: ranks.Case, directory: Path) -> Path:
-    """The transformers model of a case, saved by transformers."""
-    ranks.build(case).save_pretrained(directory)
+    """The transformers model of a case, saved by transformers, and the layers it leaves out beside it, as published."""
+    model = ranks.build(case)
+    model.save_pretrained(directory)
+    if case.mtp:
+        state, layers = checkpoints.tensors(directory), model.config.num_hidden_layers
+        for name, tensor in ranks.tensors(case).items():
+            if name.startswith(tuple(f"model.layers.{layers + k}." for k in range(case.mtp))):
+                state |= _apart(name, tensor)
+        for k in range(case.mtp):
+            state[f"model.layers.{layers + k}.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
+            state[f"model.layers.{layers + k}.shared_head.head.weight"] = state["lm_head.weight"].clone()
+        save_file(
+            {name: t.contiguous() for name, t in state.items()}, directory / "model.safetensors", {"format": "pt"}
+        )
     return directory
+
+
+def _apart(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Fused experts, one by one."""
+    stem, found, kind = name.partition("experts.")
+    if not found or kind not in ("gate_up_proj", "down_proj"):
+        return {name: tensor}
+    result = {}
+    for j, expert in enumerate(tensor):
+        parts = (
+            {"down_proj": expert}
+            if kind == "down_proj"
+            else dict(zip(("gate_proj", "up_proj"), expert.chunk(2), strict=True))
+        )
+        result |= {f"{stem}experts.{j}.{part}.weight": value for part, value in parts.items()}
+    return result
+
+
+ALL = {**ranks.CASES, **ranks.LARGE_CASES}
+# Their rank files are compared byte by byte with those written by hand, which megatron-core loads: one grid each here.
+LOADED = {**ranks.CASES, **{name: case for name, case in ranks.LARGE_CASES.items() if not name.endswith(("tp1", "tp2", "_ep2"))},
+          **{f"{model}_pp2_ep2": ranks.LARGE_CASES[f"{model}_pp2_ep2"] for model in ("qwen2_moe", "mixtral", "deepseek_v3")}}  # fmt: skip
+TARGETS = {
+    "qwen2": "qwen2", "qwen2_tied": "qwen2", "qwen3": "qwen3", "glm": "glm", "mixtral": "mixtral", "qwen2_moe": "qwen2_moe",
+    **{name: name.removeprefix("megatron_") for name in checkpoints.LARGE},
+}  # fmt: skip
 
 
 def relative(found: np.ndarray | oracle.Failed, wanted: np.ndarray) -> float:
@@ -46,35 +86,38 @@ def relative(found: np.ndarray | oracle.Failed, wanted: np.ndarray) -> float:
 @pytest.mark.parametrize("fmt", ["torch", "torch_dist"])
 def test_megatron_core_loads_what_split_writes_and_gives_the_logits_of_transformers(fmt: str, tmp_path: Path) -> None:
     jobs = []
-    for name, case in ranks.CASES.items():
+    for name, case in LOADED.items():
         source = source_of(case, tmp_path / name / "hf")
         split_checkpoint(
             source,
             tmp_path / name / "ranks",
             own(case.grid),
+            fmt=fmt,
             transformer_impl="local",
             divisible_by=1,
             verify="weights",
         )
         args = torch.load(next((tmp_path / name / "ranks").rglob("*.pt")), weights_only=False)["args"]
         model = replace(ranks.model_of(case), padded_vocab_size=args.padded_vocab_size)
-        jobs.append(oracle.Load(model, case.grid, tmp_path / name / "ranks", "torch", ranks.input_ids()))
+        jobs.append(oracle.Load(model, case.grid, tmp_path / name / "ranks", fmt, ranks.input_ids()))
     errors = {
         name: relative(found, ranks.expected(case))
-        for (name, case), found in zip(ranks.CASES.items(), oracle.run(jobs), strict=True)
+        for (name, case), found in zip(LOADED.items(), oracle.run(jobs), strict=True)
     }
     assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
 
 
-@pytest.mark.parametrize("name", ranks.CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_shards_are_those_written_by_hand(name: str, tmp_path: Path) -> None:
-    case = ranks.CASES[name]
+    case = ALL[name]
     source = source_of(case, tmp_path / "hf")
     split_checkpoint(
         source, tmp_path / "ranks", own(case.grid), transformer_impl="local", divisible_by=1, verify="weights"
     )
-    for (p, v, t, _), expected in ranks.shards(case).items():
-        folder = f"mp_rank_{t:02d}" + (f"_{p:03d}" if case.grid.pp > 1 else "")
+    for (p, v, t, e), expected in ranks.shards(case).items():
+        folder = (
+            f"mp_rank_{t:02d}" + (f"_{p:03d}" if case.grid.pp > 1 else "") + (f"_{e:03d}" if case.grid.ep > 1 else "")
+        )
         path = tmp_path / "ranks" / "release" / folder / "model_optim_rng.pt"
         whole = torch.load(path, weights_only=False, mmap=True)
         found = whole["model" if case.grid.vpp is None else f"model{v}"]
@@ -85,12 +128,12 @@ def test_shards_are_those_written_by_hand(name: str, tmp_path: Path) -> None:
                 assert torch.equal(found[key], tensor), key
 
 
-@pytest.mark.parametrize("name", ranks.CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_hand_written_ranks_merge_to_the_tensors_of_transformers(name: str, tmp_path: Path) -> None:
-    case = ranks.CASES[name]
+    case = ALL[name]
     source = source_of(case, tmp_path / "hf")
     ranks.write(case, tmp_path / "ranks")
-    target = {"qwen2": "qwen2", "qwen2_tied": "qwen2", "qwen3": "qwen3", "glm": "glm"}.get(case.arch, "llama")
+    target = TARGETS.get(case.arch, "llama")
     merge_checkpoint(tmp_path / "ranks", tmp_path / "merged", to=target, config=source, verify="weights")
     before, after = checkpoints.tensors(source), checkpoints.tensors(tmp_path / "merged")
     assert before.keys() == after.keys()

@@ -103,7 +103,7 @@ def open_model(
     if isinstance(recorded.get("config"), dict) and isinstance(recorded.get("spec"), str):
         origin = (recorded["spec"], recorded["config"])
     if config is not None:
-        args = _completed(args, config)
+        args = _completed(args, config, checkpoint)
         vocab_size = vocab_size or args.get("vocab_size")
     model = arguments.from_arguments(args, vocab_size)
     shards = assembled(checkpoint)
@@ -145,13 +145,16 @@ def _padded(shards: Mapping[Any, Mapping[str, Expression]], tp: int) -> int:
     return embeddings[0].rows * tp if embeddings else 0
 
 
-def _completed(args: dict[str, Any], path: Path) -> dict[str, Any]:
+def _completed(args: dict[str, Any], path: Path, checkpoint: MegatronCheckpoint) -> dict[str, Any]:
     """Arguments with what they lack taken from a config.json."""
     source = read_json(path / "config.json" if path.is_dir() else path)
     config = read_config(registry().detect(source), source)
     described = arguments.to_arguments(config, Grid(), config.vocab_size, 1, "float32")
-    own = {key: value for key, value in args.items() if value is not None}
-    return {**described, **own, "vocab_size": config.vocab_size}
+    # Where the args know of no experts, what they say of them are defaults.
+    idle = () if args.get("num_experts") else ("moe_", "expert_")
+    own = {key: value for key, value in args.items() if value is not None and not key.startswith(idle)}
+    further = {name.split(".")[2] for named in checkpoint.tensors.values() for name in named if name.startswith("mtp.")}
+    return {**described, "mtp_num_layers": len(further), **own, "vocab_size": config.vocab_size}
 
 
 def _target(known: Registry, to: str | None, opened: Opened) -> Spec:
