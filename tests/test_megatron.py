@@ -195,6 +195,107 @@ def test_what_megatron_core_saves_merges_to_the_same_tensors(tmp_path: Path) -> 
         assert relative(wanted, given) <= TOLERANCE, name
 
 
+_MIXTURE = oracle.Model(
+    num_layers=3, add_qkv_bias=True, num_experts=6, moe_ffn_hidden_size=40, moe_router_topk=3,
+    moe_router_pre_softmax=True, moe_shared_expert_intermediate_size=56, moe_shared_expert_gate=True,
+)  # fmt: skip
+_LATENT = oracle.Model(
+    num_layers=3, qk_layernorm=True, num_experts=8, moe_ffn_hidden_size=40, moe_router_topk=4,
+    moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_topk_scaling_factor=2.5,
+    moe_router_num_groups=4, moe_router_group_topk=2, moe_shared_expert_intermediate_size=80, moe_layer_freq=(0, 1, 1),
+    mtp_num_layers=1, multi_latent_attention=True, q_lora_rank=24, kv_lora_rank=20, qk_head_dim=12,
+    qk_pos_emb_head_dim=8, v_head_dim=10, norm_epsilon=1e-6,
+)  # fmt: skip
+
+
+@needs_megatron
+@pytest.mark.parametrize(
+    ("model", "to"), [(_MIXTURE, "qwen2_moe"), (_LATENT, "deepseek_v3")], ids=["mixture", "latent"]
+)
+def test_what_megatron_core_saves_of_large_models_merges(model: oracle.Model, to: str, tmp_path: Path) -> None:
+    """Expert ranks, their tensor ranks, stacked layers, layers apart, halves apart: one random model."""
+    ids, etp1 = ranks.input_ids(), oracle.Grid(tp=2, ep=2, etp=1)
+    saves = {
+        "torch": oracle.Save(model, oracle.Grid(tp=2, ep=2), tmp_path / "torch", "torch", ids, seed=1),
+        "etp1": oracle.Save(model, etp1, tmp_path / "etp1", "torch", ids, seed=1),
+        "dist": oracle.Save(model, oracle.Grid(ep=2), tmp_path / "dist", "torch_dist", ids, seed=1),
+        "layers": oracle.Save(model, etp1, tmp_path / "layers", "torch_dist", ids, 1, {"non_homogeneous_layers": True}),
+        "halves": oracle.Save(
+            model, oracle.Grid(tp=2), tmp_path / "halves", "torch_dist", ids, 1, {"singleton_local_shards": True}
+        ),
+    }
+    logits = dict(zip(saves, oracle.run(list(saves.values())), strict=True))
+    import transformers
+
+    for name, wanted in logits.items():
+        assert not isinstance(wanted, oracle.Failed), wanted
+        merge_checkpoint(tmp_path / name, tmp_path / f"{name}-hf", to=to, vocab_size=131, verify="weights")
+        hf = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"{name}-hf", attn_implementation="eager")
+        with torch.no_grad():
+            given = hf(torch.from_numpy(ids)).logits.numpy()
+        assert relative(wanted[0] if model.mtp_num_layers else wanted, given) <= TOLERANCE, name
+        if model.mtp_num_layers:
+            state = checkpoints.tensors(tmp_path / f"{name}-hf")
+            assert torch.equal(state["model.layers.3.embed_tokens.weight"], state["model.embed_tokens.weight"])
+            assert (
+                sum(key.startswith("model.layers.3.") for key in state)
+                == sum(key.startswith("model.layers.2.") for key in state) + 6
+            )
+
+
+LARGE = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "deepseek_moe",
+    "deepseek_v2",
+    "deepseek_v2_lite",
+    "deepseek_v3",
+    "moonlight",
+    "glm4_moe",
+]
+
+
+@pytest.mark.parametrize("arch", LARGE)
+def test_large_models_come_back_from_every_form(arch: str, tmp_path: Path) -> None:
+    """Both formats, both spellings, grouped experts, uneven stages; and over another grid on the way."""
+    overrides = {"num_experts_per_tok": 2} if arch in ("deepseek_v3", "glm4_moe") else {}  # groups alike, see LARGE
+    source = checkpoints.make(arch, tmp_path / "source", dtype=torch.bfloat16, **overrides)
+    before = checkpoints.tensors(source)
+    config = json.loads((source / "config.json").read_text())
+    for k, (grid, options) in enumerate([
+        (grids.Grid(tp=2, ep=4, pp=2, first=1), {"transformer_impl": "transformer_engine", "grouped": True}),
+        (grids.Grid(tp=2, ep=2, etp=1, pp=3), {"transformer_impl": "local"}),
+        (grids.Grid(ep=2, pp=2, vpp=1, last=1), {"transformer_impl": "transformer_engine", "fmt": "torch_dist"}),
+        (grids.Grid(), {"transformer_impl": "local", "fmt": "torch_dist"}),
+    ]):  # fmt: skip
+        ranks_, again, merged = (tmp_path / f"{name}{k}" for name in ("ranks", "again", "merged"))
+        split_checkpoint(source, ranks_, grid, verify="weights", **options)
+        reshard_checkpoint(
+            ranks_, again, grids.Grid(tp=2, ep=2, pp=3), fmt=("torch_dist", "torch")[k % 2], verify="weights"
+        )
+        for place in (ranks_, again):
+            merge_checkpoint(place, merged, verify="weights", overwrite=True)
+            after = checkpoints.tensors(merged)
+            assert before.keys() == after.keys()
+            assert all(
+                torch.equal(tensor, after[key]) and tensor.dtype == after[key].dtype for key, tensor in before.items()
+            )
+            assert json.loads((merged / "config.json").read_text()) == config
+
+
+def test_known_differences_are_told(tmp_path: Path) -> None:
+    source = checkpoints.make("deepseek_v3", tmp_path / "source", rms_norm_eps=1e-5)
+    report = split_checkpoint(source, tmp_path / "ranks", grids.Grid(), verify="weights")
+    assert any("scored by its best 2, in megatron-core by its best 3" in note for note in report.notes)
+    assert any("eps of 1e-06, in megatron-core that of the others, 1e-05" in note for note in report.notes)
+    report = merge_checkpoint(tmp_path / "ranks", tmp_path / "merged", verify="weights")
+    assert any("scored by its best 2" in note for note in report.notes)
+    same = checkpoints.make("deepseek_v3", tmp_path / "same", num_experts_per_tok=2)
+    notes = split_checkpoint(same, tmp_path / "ranks2", grids.Grid(), verify="weights").notes
+    assert not any("megatron-core" in note for note in notes)
+
+
 @pytest.mark.parametrize(("fmt", "to"), [("torch", "torch_dist"), ("torch_dist", "torch"), ("torch", "torch")])
 def test_reshard_from_either_format_to_either(fmt: str, to: str, tmp_path: Path) -> None:
     source = tiny.make("qwen3", tmp_path / "source", tokenizer=True)
