@@ -15,7 +15,17 @@ from llmconvert.converters.planning import Conversion
 from llmconvert.engine.manifest import REPORT
 from llmconvert.engine.plan import Plan
 from llmconvert.errors import LlmconvertError, ProofFailed, Refused, Usage
-from llmconvert.tensors.expressions import Cast, Expression, Fill, NormalizeRows, Scale, Shift, walk
+from llmconvert.tensors.expressions import (
+    BlockScales,
+    Cast,
+    Dequantize,
+    Expression,
+    Fill,
+    NormalizeRows,
+    Quantize,
+    Scale,
+    Shift,
+)
 
 NONE, WEIGHTS, LOGITS = "none", "weights", "logits"
 _WIDENS = {("BF16", "F32"), ("BF16", "F64"), ("F16", "F32"), ("F16", "F64"), ("F32", "F64")}
@@ -86,22 +96,27 @@ def refuse_unprovable(proving: Proving, models: Sequence[tuple[str, Path]]) -> N
 
 def rounded_tensors(plan: Plan) -> dict[str, str]:
     """Output tensors whose numbers were rounded when they were made, with the dtype they were rounded to."""
+    found = {output.name: _rounding(output.expression) for output in plan.tensors}
+    return {name: dtype for name, dtype in found.items() if dtype is not None}
 
-    def rounds(expression: Expression) -> bool:
-        match expression:
-            case Scale() | Shift() | NormalizeRows():
-                return True
-            case Fill(value=value):
-                return value != 0.0
-            case Cast(operand=operand, dtype=dtype):
-                return operand.dtype != dtype and (operand.dtype, dtype) not in _WIDENS
-        return False
 
-    return {
-        output.name: TO_NAME[output.expression.dtype]
-        for output in plan.tensors
-        if any(rounds(node) for node in walk(output.expression))
-    }
+def _rounding(expression: Expression) -> str | None:
+    """The dtype an expression rounds to, as against how its source is read; None where it does not."""
+    match expression:
+        case Quantize():
+            return "float8_e4m3fn"
+        case BlockScales() | Cast(operand=Dequantize(), dtype="BF16"):
+            return None  # part of the tensor it scales; and how the source is read, too
+        case Dequantize():
+            return "bfloat16"  # of which the source, as it is read, has less
+        case Scale() | Shift() | NormalizeRows():
+            return TO_NAME[expression.dtype]
+        case Fill(value=value, dtype=dtype) if value != 0.0:
+            return TO_NAME[dtype]
+        case Cast(operand=operand, dtype=dtype) if operand.dtype != dtype and (operand.dtype, dtype) not in _WIDENS:
+            return "bfloat16" if isinstance(operand, Dequantize) else TO_NAME[dtype]
+    inner = [_rounding(operand) for operand in expression.operands]
+    return TO_NAME[expression.dtype] if any(inner) and expression.dtype in TO_NAME else next(filter(None, inner), None)
 
 
 def prove_written(

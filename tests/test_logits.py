@@ -23,10 +23,6 @@ from llmconvert.verify.models import empty_model, load_model
 from llmconvert.verify.probes import FAR_POSITION, make_probes
 
 RUNNABLE = [arch for arch in tiny.ARCHITECTURES]
-FUSED = (
-    "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3", "moonlight", "glm4_moe",
-)  # fmt: skip
-"""Transformers makes one tensor of their experts as it loads them."""
 
 
 def _edit(directory: Path, name: str, amount: float) -> None:
@@ -57,19 +53,10 @@ def test_layer_by_layer_is_the_models_own_forward_bit_for_bit(arch: str, dtype: 
     source = tiny.make(arch, tmp_path / "source")
     probes = make_probes((source,), 131, 256)
     plain = load_model(source, dtype, "cpu")
-    for whole in (True, False) if arch not in FUSED else (True,):
+    for whole in (True, False):
         model = LayerwiseModel(source, dtype, "cpu", whole=whole)
         for probe, found in zip(probes, model.forward(probes), strict=True):
             assert torch.equal(found[probe.kept], _logits(plain, probe)), probe.name
-
-
-@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "deepseek_v3"])
-def test_a_model_whose_tensors_are_fused_needs_to_be_whole(arch: str, tmp_path: Path) -> None:
-    source = tiny.make(arch, tmp_path / "source")
-    with pytest.raises(Refused, match="fuses"):
-        compare_logits(source, source, device="cpu", load="layers")
-    for dtype in ("float32", "float64"):
-        assert compare_logits(source, source, device="cpu", load="auto", dtype=dtype, greedy_tokens=2).verdict
 
 
 def test_halves_are_found_in_every_build(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def report(found: Report, *, dry_run: bool) -> str:
         parts = [f"{trip['bitwise']} tensors come back bit for bit"]
         if trip["rounded"]:
             parts.append(f"{trip['rounded']} to rounding (at most {trip['largest_error']:.1e} of their scale)")
+        if trip["quantised"]:
+            parts.append(f"{trip['quantised']} to FP8 (at most {trip['largest_error']:.1e} of their scale)")
         if trip["one_way"]:
             parts.append(f"{trip['one_way']} cannot come back and were recomputed")
         lines.append("  proof     " + ", ".join(parts))
@@ -61,6 +64,17 @@ def report(found: Report, *, dry_run: bool) -> str:
 
 
 _LAYERS_SHOWN = 12
+
+
+def _routing(routing: Mapping[str, Any]) -> str:
+    """What the routers decided, in a line."""
+    different, layers = routing["different"], routing["layers"]
+    share = f"{different:,} of {routing['choices']:,} choices differ"
+    where = f" ({different / routing['choices']:.2%}), in layer{'s' * (len(layers) > 1)} " if different else ""
+    named = ", ".join(map(str, layers[:8])) + (" and others" if len(layers) > 8 else "") if different else ""
+    never = routing["experts"] - routing["chosen"]
+    unseen = f"; {never:,} of {routing['experts']:,} experts were never chosen" if never > 0 else ""
+    return share + where + named + unseen
 
 
 def comparison(found: dict[str, Any], first: str, second: str) -> Any:
@@ -91,6 +105,8 @@ def comparison(found: dict[str, Any], first: str, second: str) -> Any:
     if found.get("reader"):
         engine = found["reader"]
         rows.append((f"{engine['engine']} {engine['version']}", f"{engine['reason']}, {engine['num_tokens']} tokens"))
+    if found["routing"]:
+        rows.append(("router", _routing(found["routing"])))
     if found["note"]:
         rows.append(("note", found["note"]))
     for name, value in rows:

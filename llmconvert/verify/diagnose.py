@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmconvert.verify.probes import Probe
+from llmconvert.verify.routing import alike, differing_experts
 from llmconvert.verify.runnable import Call, Runnable, Seen
 
 Explanation = tuple[str, list[str], list[str]]
@@ -26,7 +27,8 @@ class _Stages:
         names = [call.name for call in calls[0]]
         # The same few matrices once each, or it is a build (experts, say) whose stages are not known here.
         self.known = 2 <= len(names) <= 6 and len(set(names)) == len(names)
-        self.known = self.known and all(call.given.ndim == 3 for each in calls for call in each)
+        plain = (call.given.ndim == 3 and isinstance(call.gave, Tensor) for each in calls for call in each)
+        self.known = self.known and all(plain) and not any(s.routed is not None and child == self._mlp() for s in seen)
         self.known = self.known and all([call.name for call in each] == names for each in calls)
         if not self.known:
             return
@@ -37,6 +39,10 @@ class _Stages:
         self.normed = self._column(calls, 0, "given")
         self.inner = self._column(calls, len(names) - 1, "given")
         self.projected = {name: self._flat(calls, k) for k, name in enumerate(names) if name in self.early}
+
+    def _mlp(self) -> str:
+        halves = self.model.halves(self.index)
+        return halves.mlp if halves else ""
 
     def _column(self, calls: list[list[Call]], k: int, what: str) -> list[Tensor]:
         return [getattr(each[k], what).double().cpu() for each in calls]
@@ -105,7 +111,9 @@ def explain_layer(
     a = _Stages(left, index, getattr(halves[0], part), mine, probes)
     b = _Stages(right, index, getattr(halves[1], part), theirs, probes)
     if not (a.known and b.known):
-        return f"somewhere in the {part} half", a.tensors(a.child), b.tensors(b.child)
+        return _explain_experts(a, b, mine, theirs, same) or (
+            f"somewhere in the {part} half", a.tensors(a.child), b.tensors(b.child)
+        )  # fmt: skip
     if _worst(a.normed, b.normed, a.kept) > same:
         fault = _norm_fault(a.normed, b.normed, a.kept)
         return f"the norm before it: its {fault}", _norms(left, index, part), _norms(right, index, part)
@@ -126,6 +134,29 @@ def explain_layer(
             b.tensors(*b.early),
         )
     return _explain_order(a, b, same)
+
+
+def _explain_experts(
+    a: _Stages, b: _Stages, mine: Sequence[Seen], theirs: Sequence[Seen], same: float
+) -> Explanation | None:
+    """A mixture of experts: its router, single experts, or what stands beside them; None where it shows nothing."""
+    if not any(seen.experts for seen in mine) or not any(seen.experts for seen in theirs):
+        return None
+    if not alike(mine, theirs):
+        return "its router sends tokens to other experts", _beside(a), _beside(b)
+    strange = differing_experts(mine, theirs, same)
+    if strange:
+        numbers = ", ".join(name.rpartition("/")[2] for name in strange[:6]) + (
+            " and others" if len(strange) > 6 else ""
+        )
+        return f"what experts make of the same tokens: {numbers}", a.tensors(*strange), b.tensors(*strange)
+    why = "its experts agree, and so does who goes where: the weights they are given, or the shared experts"
+    return why, _beside(a), _beside(b)
+
+
+def _beside(stages: _Stages) -> list[str]:
+    """The tensors of a mixture of experts that are not the experts'."""
+    return [name for name in stages.tensors(stages.child) if ".experts." not in name]
 
 
 def _explain_order(a: _Stages, b: _Stages, same: float) -> Explanation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmconvert.errors import BadInput, Refused
+from llmconvert.verify.experts import Matrices, ModelWeights, StreamedExperts, fused_experts, index_of, routed_modules
 from llmconvert.verify.float64 import float64_throughout
 from llmconvert.verify.models import FileWeights, Weights, check_fit, empty_model, load_model, tied_names
 from llmconvert.verify.probes import Probe
@@ -66,20 +68,28 @@ class LayerwiseModel:
         self._rounded = rounded or {}
         with self._arithmetic():
             self.module = empty_model(directory, dtype, attention)
+        fused = fused_experts(self.module)
+        self._files = ModelWeights(FileWeights(directory), fused)
         self._weights: Weights = (
-            _ModuleWeights(load_model(directory, dtype, device, attention)) if whole else FileWeights(directory)
+            _ModuleWeights(load_model(directory, dtype, device, attention)) if whole else self._files
         )
         if not whole:
             try:
                 check_fit(self.module, self._weights, directory, strict=False)
             except BadInput as error:
-                if _fuses(self.module):
+                if _fuses(self.module, fused):
                     raise Refused(
-                        "transformers fuses tensors of this model as it loads it, so it cannot be run by layers",
+                        "transformers fuses tensors of this model in a way that is not known here, so it cannot be run by "
+                        "layers",
                         where=str(directory),
                         hint="give the whole model memory enough and add `--load whole`",
                     ) from error
                 raise
+        self._experts = {
+            id(module): (path, StreamedExperts(module, partial(self._expert, path))) for path, module in fused.items()
+        }
+        for module in fused.values():
+            module.__dict__["forward"] = self._experts[id(module)][1].forward
         self._alias = {name: names for names in tied_names(self.module).values() for name in names}
         self._check_tied()
         self._load_buffers()
@@ -94,9 +104,8 @@ class LayerwiseModel:
         return float64_throughout() if self.dtype == torch.float64 else nullcontext()
 
     def _check_tied(self) -> None:
-        stored = FileWeights(self.directory)
-        placed = self.module.state_dict()
-        # Experts that are fused while loading have other names; nothing can be said of those.
+        stored, placed = self._files, self.module.state_dict()
+        # What is fused in a way that is not known has other names; nothing can be said of those.
         plain = all(
             any(n in stored.shapes for n in self._alias.get(name, (name,)))
             for name, _ in self.module.named_parameters()
@@ -123,14 +132,18 @@ class LayerwiseModel:
             self.module.get_submodule(owner)._buffers[leaf] = stored.to(self.device, kind)
 
     def tensors_of(self, module: nn.Module) -> list[str]:
-        """The stored tensors' names behind a module's parameters."""
+        """The stored tensors' names behind a module's parameters, and behind its buffers where they are stored."""
         prefix = self._names[id(module)]
         names = [name for name, _ in module.named_parameters(prefix, remove_duplicate=False)]
-        return list(dict.fromkeys(self._stored(name) for name in names))
+        names += [name for name, _ in module.named_buffers(prefix) if name in self._files.shapes]
+        return list(dict.fromkeys(origin for name in names for origin in self._files.stored(self._stored(name))))
 
     def part_tensors(self, index: int, part: str) -> list[str]:
-        """The stored tensors behind a part of a layer, named within it; "" is all of it."""
+        """The stored tensors behind a part of a layer, named within it; "" is all of it, `.../7` an expert."""
         layer = self.layers[index]
+        if "/" in part:
+            experts, _, number = part.partition("/")
+            return self._files.expert_tensors(self._names[id(layer.get_submodule(experts))], int(number))
         return self.tensors_of(layer.get_submodule(part) if part else layer)
 
     def _stored(self, name: str) -> str:
@@ -145,6 +158,8 @@ class LayerwiseModel:
             for module in modules:
                 prefix = self._names[id(module)]
                 for path, child in module.named_modules(prefix=prefix):
+                    if id(child) in self._experts:
+                        continue  # they read for themselves
                     for leaf, parameter in child._parameters.items():
                         if parameter is None or parameter.device.type != "meta":
                             continue
@@ -157,10 +172,25 @@ class LayerwiseModel:
         finally:
             for parameters, leaf, parameter in before:
                 parameters[leaf] = parameter
+            for module in modules:
+                for child in module.modules():
+                    if id(child) in self._experts:
+                        self._experts[id(child)][1].release()
 
-    def _read(self, name: str) -> nn.Parameter:
+    def _expert(self, path: str, number: int) -> Matrices:
+        """An expert's matrices, as parameters are."""
+        with torch._C.DisableTorchFunction():
+            if self.whole:
+                pair = (self._weights.read(f"{path}.{part}")[number] for part in ("gate_up_proj", "down_proj"))
+                gate_up, down = (matrix.to(self.device, self.dtype) for matrix in pair)
+                return gate_up, down
+            read = self._files.expert(path, number, lambda name: self._read(name, self._files.files).data)
+            return read[0].to(self.device, self.dtype), read[1].to(self.device, self.dtype)
+
+    def _read(self, name: str, weights: Weights | None = None) -> nn.Parameter:
         with torch._C.DisableTorchFunction():  # a file's float32 is float32 whatever the arithmetic
-            tensor = self._weights.read(name).to(self.device, self.dtype)
+            tensor = (weights or self._weights).read(name).to(self.device, self.dtype)
+        (name,) = self._files.stored(name) if len(self._files.stored(name)) == 1 else (name,)
         if name not in self.norms:
             # In pieces: torch widens what it is given before it sums.
             flat = tensor.flatten()
@@ -254,14 +284,16 @@ class LayerwiseModel:
         for probe, stream in enumerate(streams):
             args, kwargs = self._given[index][probe]
             middle = middles[probe] if middles else None
-            watch = _Watch(layer, self._halves.get(index), middle)
+            watch = _Watch(layer, self._halves.get(index), middle, self._experts)
             with watch, self._arithmetic():
                 out = layer(stream, *args, **kwargs)
             out = out[0] if isinstance(out, tuple) else out
             if index not in self._halves:
                 self._halves[index] = watch.halves(stream)
             halves = self._halves[index]
-            results.append(Seen(out, watch.middle(halves), watch.calls))
+            results.append(
+                Seen(out, watch.middle(halves), watch.calls, watch.routed, watch.num_experts, watch.expert_outputs())
+            )
         return results
 
     def halves(self, index: int) -> Halves | None:
@@ -365,8 +397,8 @@ def _forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
             module.__dict__.pop("forward", None)
 
 
-def _fuses(module: nn.Module) -> bool:
-    return any(parameter.ndim > 2 for parameter in module.parameters())
+def _fuses(module: nn.Module, known: Mapping[str, nn.Module]) -> bool:
+    return any(p.ndim > 2 and name.rpartition(".")[0] not in known for name, p in module.named_parameters())
 
 
 def _find_layers(module: nn.Module, directory: Path) -> tuple[str, list[nn.Module]]:
@@ -385,8 +417,14 @@ def _find_layers(module: nn.Module, directory: Path) -> tuple[str, list[nn.Modul
 class _Watch:
     """Sees a layer's children and matrices at work; may replace the stream between its halves."""
 
-    def __init__(self, layer: nn.Module, halves: Halves | None, middle: Tensor | None) -> None:
+    def __init__(
+        self, layer: nn.Module, halves: Halves | None, middle: Tensor | None,
+        experts: Mapping[int, tuple[str, StreamedExperts]],
+    ) -> None:  # fmt: skip
         self.calls: list[Call] = []
+        self.routed: Tensor | None = None
+        self.num_experts = 0
+        self._routed_modules, self._experts = routed_modules(layer), experts
         self._children: list[tuple[str, bool, Tensor, Tensor]] = []
         self._layer, self._given = layer, middle
         self._middle_child = halves.middle if halves else None
@@ -399,6 +437,8 @@ class _Watch:
             if name == self._middle_child:
                 self._hooks.append(child.register_forward_pre_hook(self._see_middle, with_kwargs=True))
             self._hooks.append(child.register_forward_hook(self._child_hook(name, matrices), with_kwargs=True))
+        for module in self._routed_modules:
+            self._hooks.append(module.register_forward_pre_hook(self._see_routed, with_kwargs=True))
         for name, module in self._layer.named_modules():
             weight = module._parameters.get("weight")
             if weight is not None and weight.ndim == 2:
@@ -408,6 +448,20 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def _see_routed(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.routed = index_of(args, kwargs)
+        self.num_experts = int(getattr(module, "num_experts", 0))
+
+    def expert_outputs(self) -> dict[str, Tensor]:
+        """What each expert gave, by its place in the layer."""
+        names = {id(module): name for name, module in self._layer.named_modules()}
+        return {
+            f"{names[key]}/{number}": output
+            for key, (_, experts) in self._experts.items()
+            if key in names
+            for number, output in experts.outputs.items()
+        }
 
     def _see_middle(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = _hidden(args, kwargs)[0]

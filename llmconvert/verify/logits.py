@@ -21,13 +21,16 @@ from torch import Tensor
 
 from llmconvert.checkpoint.directory import listing
 from llmconvert.checkpoint.megatron import is_megatron
-from llmconvert.errors import Usage
+from llmconvert.errors import Refused, Usage
 from llmconvert.verify.layerwise import LayerwiseModel
-from llmconvert.verify.models import config_of, stored_shapes
+from llmconvert.verify.models import block_size, config_of, read_config, stored_shapes
 from llmconvert.verify.probes import Probe, limits, make_probes, padded, token_texts
 from llmconvert.verify.runnable import Runnable
 from llmconvert.verify.sharded import ShardedModel
 from llmconvert.verify.sweep import Departure, LayerDifference, Sweep, sweep
+
+_EIGHT = "float8_e4m3fn"
+"""Weights may have been rounded to it; nothing is computed in it."""
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _GREEDY_TOKENS, _GREEDY_PROMPT = 16, 5
@@ -73,6 +76,9 @@ class LogitsReport:
         layers: differences a layer, in float64 if that was run, else in `dtype`.
         departures: where the second model computes something else, in order; empty if the verdict is good.
         note: what could not be compared.
+        routing: of mixtures of experts: `choices` compared, how many are `different`, in which `layers`, the first few
+            `examples`, and of all `experts` of all layers how many were `chosen`, each model on the first one's stream;
+            None where there are none.
         worst_tokens: those with the largest differences.
         norms: place, and the norms of the tensors used there, of the first and the second model.
         probes: what was run.
@@ -99,6 +105,7 @@ class LogitsReport:
     layers: tuple[LayerDifference, ...] = ()
     departures: tuple[Departure, ...] = ()
     note: str = ""
+    routing: dict[str, Any] | None = None
     worst_tokens: tuple[dict[str, Any], ...] = ()
     norms: tuple[tuple[str, dict[str, float], dict[str, float]], ...] = ()
     probes: tuple[dict[str, Any], ...] = ()
@@ -151,7 +158,14 @@ def _whole(load: str, paths: tuple[Path, Path], devices: tuple[str, str]) -> boo
     """Whether to load models whole: if asked for, or where both fit in float64 with room to work."""
     if load not in ("auto", "whole", "layers"):
         raise Usage(f"`{load}` is not a way to load", hint="choose auto, whole or layers")
-    if load != "auto":
+    eight = [path for path in paths if not is_megatron(path) and block_size(read_config(path))]
+    if eight and load == "whole":
+        raise Refused(
+            "FP8 weights are dequantised as they are read, so the model is run by layers",
+            where=str(eight[0]),
+            hint="leave out `--load whole`",
+        )
+    if load != "auto" or eight:
         return load == "whole"
     need = [8 * sum(math.prod(shape) for shape in stored_shapes(path).values()) for path in paths]
     if devices[0] == devices[1]:
@@ -202,7 +216,7 @@ def compare_logits(
     """
     started = time.monotonic()
     for kind in (dtype, *([rounded] if isinstance(rounded, str) else (rounded or {}).values())):
-        if kind not in _DTYPES:
+        if kind not in _DTYPES and (kind == dtype or kind != _EIGHT):
             raise Usage(f"`{kind}` is not a dtype to compute in", hint=f"choose {', '.join(_DTYPES)}")
     first, second = (resolve_device(name) for name in _pair(device, "device"))
     devices, attentions = (first, second), _pair(attention, "attention implementation")
@@ -225,7 +239,7 @@ def compare_logits(
     metrics = _Metrics(probes, plain.first, plain.second)
     report = LogitsReport(
         verdict=True, kind=BIT_EQUAL, reason="every logit is bit-equal", greedy_agreement=agreement,
-        max_abs_allowed=max_abs, note=plain.note, layers=tuple(plain.layers), norms=tuple(plain.norms),
+        max_abs_allowed=max_abs, note=plain.note, routing=_routing(plain), layers=tuple(plain.layers), norms=tuple(plain.norms),
         probes=tuple(probe.describe() for probe in probes), dtype=dtype, devices=devices, attention=attentions,
         load="whole" if whole else "layers",
         versions={"torch": torch.__version__, "transformers": _version("transformers")}, **metrics.fields(),
@@ -397,6 +411,24 @@ class _Metrics:
         }  # fmt: skip
 
 
+def _routing(found: Sweep) -> dict[str, Any] | None:
+    """The routers' decisions over all layers."""
+    if not found.routing:
+        return None
+    return {
+        "choices": sum(layer.choices for layer in found.routing),
+        "different": sum(layer.different for layer in found.routing),
+        "layers": [layer.index for layer in found.routing if layer.different],
+        "examples": [
+            dict(zip(("layer", "probe", "row", "token", "first", "second"), (layer.index, *example), strict=True))
+            for layer in found.routing
+            for example in layer.examples
+        ][:_WORST],
+        "experts": sum(layer.experts for layer in found.routing),
+        "chosen": sum(layer.chosen for layer in found.routing),
+    }
+
+
 def _judge(
     report: LogitsReport, runs: Runs, wide: Sweep, narrow: tuple[list[Tensor], list[Tensor]], kind: torch.dtype,
     rounded: str | Mapping[str, str] | None,
@@ -416,7 +448,7 @@ def _judge(
     floor = noise * share if kind == torch.float64 else noise
     report = replace(
         report, floor=floor, exact_relative=exact, tolerance=tolerance, layers=tuple(wide.layers),
-        note=wide.note or report.note,
+        note=wide.note or report.note, routing=_routing(wide),
     )  # fmt: skip
     if not math.isfinite(exact):
         return replace(report, verdict=False, kind=NOT_FINITE, reason="some logits are not finite in float64")
@@ -429,7 +461,7 @@ def _judge(
     departures = [d for d in wide.departures if d.difference > tolerance]
     if rounded:
         by_name = dict.fromkeys(stored_shapes(runs.paths[1]), rounded) if isinstance(rounded, str) else dict(rounded)
-        moved = runs.disturb({name: _DTYPES[dtype] for name, dtype in by_name.items()})
+        moved = runs.disturb({name: getattr(torch, dtype) for name, dtype in by_name.items()})
         allowed = _ROUNDING_SLACK * _largest(probes, moved.first, moved.second) / scale
         by_place = {d.place: _ROUNDING_SLACK * d.difference for d in moved.departures}
         departures = [d for d in departures if d.difference > by_place.get(d.place, 0.0)]

@@ -42,6 +42,7 @@ class FileWeights:
         from safetensors import SafetensorError, safe_open
 
         self._files: dict[str, Any] = {}
+        self._block = block_size(read_config(directory)) if (directory / "config.json").is_file() else None
         self.shapes: dict[str, tuple[int, ...]] = {}
         for path in weight_files(directory):
             try:
@@ -55,12 +56,46 @@ class FileWeights:
                 raise BadInput(f"the weights cannot be read: {error}", where=str(path)) from None
             self.shapes |= found
             self._files |= dict.fromkeys(found, handle)
+        if self._block:
+            # The scales are part of the tensors they scale.
+            scales = {name + _SCALE for name in self.shapes}
+            self.shapes = {name: shape for name, shape in self.shapes.items() if name not in scales}
 
     def read(self, name: str) -> Tensor:
-        """One tensor, as stored."""
+        """One tensor, as stored; an FP8 one dequantised to bfloat16."""
         handle = self._files[name]
         tensor: Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        if self._block and tensor.dtype == torch.float8_e4m3fn:
+            return _dequantised(tensor, self.read(name + _SCALE), self._block)
         return tensor
+
+    def part(self, name: str, index: int) -> Tensor:
+        """One entry of a tensor's first axis, as stored."""
+        if self._block and f"{name}{_SCALE}" in self._files:
+            raise Refused(f"`{name}` is FP8 with experts fused, which is not read here")
+        handle = self._files[name]
+        tensor: Tensor = handle[name][index] if isinstance(handle, dict) else handle.get_slice(name)[index]
+        return tensor
+
+
+_SCALE = "_scale_inv"
+
+
+def block_size(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, where a config.json says that weights are FP8 in blocks."""
+    size = (config.get("quantization_config") or {}).get("weight_block_size")
+    return (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
+
+
+def _dequantised(numbers: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """Numbers times their blocks' scales in float32, rounded once to bfloat16 (DeepSeek-V3, README_WEIGHTS.md).
+
+    Not through transformers, whose own is wrong where a matrix is no multiple of the block.
+    """
+    wide = scale.double() if scale.dtype != torch.uint8 else torch.exp2(scale.double() - 127)
+    height, width = numbers.shape
+    per_row = wide.float().repeat_interleave(block[0], 0)[:height]
+    return (numbers.float() * per_row.repeat_interleave(block[1], 1)[:, :width]).bfloat16()
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -180,8 +215,13 @@ def empty_model(directory: Path, dtype: torch.dtype, attention: str = "eager") -
 
         try:
             known = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-            if dtype == torch.float64:
-                known._experts_implementation = "eager"  # torch groups no float64 matrices
+            if hasattr(known, "quantization_config"):
+                if block_size(read_config(directory)) is None:
+                    raise Refused("the checkpoint is quantised in a way that is not read here", where=str(directory))
+                del known.quantization_config  # the weights it is given are dequantised
+            known._experts_implementation = (
+                "eager"  # torch groups no float64 matrices, and sums others in another order
+            )
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
                 known, trust_remote_code=False, **_options(dtype, attention)
             )
@@ -220,7 +260,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: str, attention: str 
     import transformers
 
     options = _options(dtype, attention)
-    if dtype == torch.float64 and _release() >= (5, 0):
+    if _release() >= (5, 0):
         options["experts_implementation"] = "eager"
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.disable_progress_bar()

@@ -110,6 +110,17 @@ def render_page(report: Mapping[str, Any], first: str, second: str, weights: Map
     body = ["<h2>Logits</h2>", _table(("", ""), measured)]
     if weights:
         body.append(f"<h2>Weights</h2><p>{escape(weights['kind'])}: {escape(weights['reason'])}</p>")
+    if report["routing"]:
+        routing = report["routing"]
+        body += [
+            "<h2>Router decisions</h2>",
+            f"<p>{routing['different']:,} of {routing['choices']:,} choices differ; {routing['chosen']:,} of "
+            f"{routing['experts']:,} experts were chosen at all.</p>",
+        ]
+        if routing["examples"]:
+            token = ("layer", "probe", "row", "token")
+            sent = [(*(e[key] for key in token), str(e["first"]), str(e["second"])) for e in routing["examples"]]
+            body.append(_table((*token, "first sends to", "second sends to"), sent))
     if report["departures"]:
         places = [
             (d["part"] if d["layer"] is None else f"layer {d['layer']}, {d['part']}", d["difference"], d["why"],

@@ -50,11 +50,18 @@ class Seen:
         out: the residual stream after it, [batch, tokens, hidden].
         middle: the stream between attention and MLP, or None where the two run in parallel.
         calls: the uses of its matrices, in order.
+        routed: the experts each token was sent to, int64 [batch · tokens, chosen]; None in a dense layer.
+        num_experts: how many there are to choose from; 0 where it is not known.
+        experts: what each expert gave its tokens before it was weighed, by its name in the layer (`.../7`), where it
+            is known.
     """
 
     out: Tensor
     middle: Tensor | None = None
     calls: list[Call] = field(default_factory=list)
+    routed: Tensor | None = None
+    num_experts: int = 0
+    experts: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Runnable(Protocol):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmconvert.verify.diagnose import SAME, explain_head, explain_layer
 from llmconvert.verify.probes import Probe
+from llmconvert.verify.routing import LayerRouting, compare_routing
 from llmconvert.verify.runnable import Runnable, Seen
 
 _WORTH_EXPLAINING = 2.0**-40
@@ -71,6 +72,7 @@ class Sweep:
         layers: differences a layer; empty where the two are not built alike.
         departures: every place with a difference beyond float64's rounding, in order.
         note: why layers could not be compared, if so.
+        routing: the routers' decisions, a layer that has experts.
         norms: [place, {tensor: Frobenius norm} of the first, the same of the second] in order.
     """
 
@@ -79,6 +81,7 @@ class Sweep:
     layers: list[LayerDifference] = field(default_factory=list)
     departures: list[Departure] = field(default_factory=list)
     note: str = ""
+    routing: list[LayerRouting] = field(default_factory=list)
     norms: list[tuple[str, dict[str, float], dict[str, float]]] = field(default_factory=list)
 
 
@@ -168,6 +171,9 @@ class _Lockstep:
             if not self._same(own, other, mine, theirs, split):
                 given = [None if m is None or not split else m.to(device) for m in middles]
                 alone = right.layer(index, [stream.to(device) for stream in own], given)
+        routing = compare_routing(index, probes, mine, alone)
+        if routing is not None:
+            self.found.routing.append(routing)
         out, others = [seen.out for seen in mine], [seen.out for seen in theirs]
         isolated = [seen.out for seen in alone]
         attention = mlp = None

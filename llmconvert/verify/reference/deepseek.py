@@ -30,6 +30,23 @@ class _Router(nn.Module):
         return (weights / weights.sum(-1, keepdim=True) if self.normalised else weights), experts
 
 
+class _Experts(nn.ModuleList):
+    """The routed experts."""
+
+    def __init__(self, hidden: int, width: int, number: int) -> None:
+        super().__init__(GatedMLP(hidden, width) for _ in range(number))
+        self.num_experts = number
+
+    def forward(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts' outputs: [tokens, hidden] for [tokens, hidden]."""
+        result = torch.zeros_like(x)
+        for number, expert in enumerate(self):
+            tokens, slots = (top_k_index == number).nonzero(as_tuple=True)
+            if len(tokens):
+                result[tokens] += expert(x[tokens]) * top_k_weights[tokens, slots, None].to(x.dtype)
+        return result
+
+
 class _MixtureOfExperts(nn.Module):
     """Each token goes to its best experts, and to the shared ones, which are one MLP."""
 
@@ -37,18 +54,14 @@ class _MixtureOfExperts(nn.Module):
         super().__init__()
         hidden, width = config["hidden_size"], config["moe_intermediate_size"]
         self.gate = _Router(config)
-        self.experts = nn.ModuleList(GatedMLP(hidden, width) for _ in range(config["n_routed_experts"]))
+        self.experts = _Experts(hidden, width, config["n_routed_experts"])
         shared = config.get("n_shared_experts")
         self.shared_experts = GatedMLP(hidden, width * shared) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         weights, experts = self.gate(flat)
-        result = torch.zeros_like(flat)
-        for number, expert in enumerate(self.experts):
-            tokens, slots = (experts == number).nonzero(as_tuple=True)
-            if len(tokens):
-                result[tokens] += expert(flat[tokens]) * weights[tokens, slots, None].to(x.dtype)
+        result: Tensor = self.experts(flat, experts, weights)
         if self.shared_experts is not None:
             result = result + self.shared_experts(flat)
         return result.view_as(x)
