@@ -1,4 +1,7 @@
-"""Are two checkpoints' weights equal, whatever their architectures? Both are brought to Llama's form and compared."""
+"""Are two checkpoints' weights equal, whatever their architectures? Both are brought to one form and compared.
+
+That is Llama's, and the canonical layout for what Llama cannot hold.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.checkpoint.megatron import is_megatron
 from llmconvert.converters.megatron.merge import open_model, plan_merge
 from llmconvert.converters.planning import plan_conversion
-from llmconvert.errors import LlmconvertError, ProofFailed
+from llmconvert.errors import LlmconvertError, ProofFailed, Refused
 from llmconvert.tensors.expressions import Expression
 from llmconvert.verify.roundtrip import BITWISE, Pair, compare
 
@@ -51,9 +54,14 @@ def compare_weights(left: Path, right: Path, *, spec_file: Path | None = None, w
         workers: threads.
     """
     try:
-        first, second = (_in_llamas_form(path, spec_file) for path in (left, right))
+        try:
+            first, second = (_in_form(path, "llama", spec_file) for path in (left, right))
+            form = "Llama's form"
+        except Refused:
+            first, second = (_in_form(path, "canonical", spec_file) for path in (left, right))
+            form = "the canonical form"
     except LlmconvertError as error:
-        return WeightsReport(NOT_COMPARED, f"not both can be brought to Llama's form: {error.what}")
+        return WeightsReport(NOT_COMPARED, f"not both can be brought to one form: {error.what}")
     if first.keys() != second.keys():
         apart = sorted(first.keys() ^ second.keys())
         return WeightsReport(DIFFERENT, f"only one of them has {_list(apart)}", 0, tuple(apart))
@@ -69,14 +77,14 @@ def compare_weights(left: Path, right: Path, *, spec_file: Path | None = None, w
             wrong.append(name)
     if wrong:
         return WeightsReport(DIFFERENT, f"{_list(wrong)} differ", len(first), tuple(wrong))
-    return WeightsReport(EQUAL, f"all {len(first)} tensors are equal bit for bit in Llama's form", len(first))
+    return WeightsReport(EQUAL, f"all {len(first)} tensors are equal bit for bit in {form}", len(first))
 
 
-def _in_llamas_form(path: Path, spec_file: Path | None) -> dict[str, Expression]:
+def _in_form(path: Path, form: str, spec_file: Path | None) -> dict[str, Expression]:
     if is_megatron(path):
-        plan = plan_merge(open_model(path, trust_pickle=True), to="llama", spec_file=spec_file).plan
+        plan = plan_merge(open_model(path, trust_pickle=True), to=form, spec_file=spec_file).plan
     else:
-        plan = plan_conversion(path, "llama", spec_file=spec_file).plan
+        plan = plan_conversion(path, form, spec_file=spec_file).plan
     return {tensor.name: tensor.expression for tensor in plan.tensors}
 
 

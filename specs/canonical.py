@@ -54,8 +54,7 @@ SPEC = Spec(
         Field("qk_rope_head_dim", "qk_rope_head_dim", default=0),
         Field("v_head_dim", "v_head_dim", default=0),
         Field("num_nextn_predict_layers", "num_nextn_predict_layers", default=0),
-        Field("mtp_copies", "mtp_copies", default=False),
         Field("sliding_window", "sliding_window", default=None),
     ),
-    holds=frozenset(TRAITS),
+    holds=frozenset(TRAITS) - {"mtp_copies"},
 )

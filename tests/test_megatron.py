@@ -15,10 +15,13 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
+from llmconvert.converters.equality import EQUAL, compare_weights
 from llmconvert.converters.megatron import grid as grids
 from llmconvert.converters.megatron.merge import merge_checkpoint
 from llmconvert.converters.megatron.reshard import reshard_checkpoint
 from llmconvert.converters.megatron.split import split_checkpoint
+from llmconvert.errors import Refused
+from llmconvert.verify.logits import compare_logits
 
 needs_megatron = pytest.mark.skipif(not oracle.AVAILABLE, reason="needs megatron-core and psutil")
 TOLERANCE = 1e-5
@@ -307,3 +310,50 @@ def test_reshard_from_either_format_to_either(fmt: str, to: str, tmp_path: Path)
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("arch", LARGE)
+def test_large_models_are_proved_by_logits_and_by_router_decisions(arch: str, tmp_path: Path) -> None:
+    own_groups = {"deepseek_v3": {"num_experts_per_tok": 2}, "glm4_moe": {"num_experts_per_tok": 2, "head_dim": 16}}
+    source = checkpoints.make(arch, tmp_path / "source", **own_groups.get(arch, {}))
+    grid = grids.Grid(tp=2, ep=2, pp=2, first=1)
+    if arch == "deepseek_v2":
+        with pytest.raises(Refused, match="scored by its best 1, in megatron-core by its best 3"):
+            split_checkpoint(source, tmp_path / "ranks", grid)
+        return
+    report = split_checkpoint(source, tmp_path / "ranks", grid)
+    assert report.logits is not None and report.logits["kind"] == "equal to rounding"
+    assert report.logits["routing"]["different"] == 0 and report.logits["routing"]["choices"] > 400
+    reshard_checkpoint(tmp_path / "ranks", tmp_path / "again", grids.Grid(ep=4, tp=2, etp=1), fmt="torch_dist")
+    report = merge_checkpoint(tmp_path / "again", tmp_path / "merged")
+    assert report.logits is not None and report.logits["routing"]["different"] == 0
+    assert (
+        compare_weights(source, tmp_path / "ranks").kind
+        == compare_weights(tmp_path / "again", tmp_path / "merged").kind
+        == EQUAL
+    )
+
+
+FAULTY = ["mlp.router.weight", "mlp.experts.local_experts.1.linear_fc2.weight", "mlp.shared_experts.linear_fc1.weight",
+          "self_attention.linear_kv_up_proj.weight"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_fault_in_one_rank_of_a_large_model_is_placed(name: str, tmp_path: Path) -> None:
+    source = checkpoints.make("moonlight", tmp_path / "source")
+    split_checkpoint(source, tmp_path / "ranks", grids.Grid(ep=2), verify="weights")
+    for path in sorted((tmp_path / "ranks").rglob("*.pt"))[: 1 if "local_experts" in name else 2]:
+        state = torch.load(path, weights_only=False)
+        tensor = state["model"][f"decoder.layers.1.{name}"]
+        tensor[:2] = tensor[:2].flip(0)
+        torch.save(state, path)
+    report = compare_logits(source, tmp_path / "ranks", device="cpu", greedy_tokens=0)
+    (departure,) = report.departures
+    assert departure.place == f"layer 1, {'attention' if 'attention' in name else 'mlp'}"
+    why = {
+        "router": "sends tokens to other experts",
+        "local_experts": "what experts make of the same tokens: 1",
+        "shared": "the shared experts",
+    }
+    assert all(words in departure.why for key, words in why.items() if key in name)
+    assert any(name in tensor for tensor in departure.second)

@@ -17,10 +17,13 @@ from megatron_ranks import CASES, CONTROLS, Case
 from torch import Tensor
 
 from llmconvert.errors import BadInput, Refused
-from llmconvert.verify.reference.megatron import Chunk, MegatronForCausalLM, Read
+from llmconvert.verify.reference.megatron import MegatronForCausalLM
+from llmconvert.verify.reference.shards import Chunk, Read
 
 TOLERANCE = 1e-5
-Shards = dict[tuple[int, int, int], dict[str, Tensor]]
+Shards = dict[tuple[int, int, int, int], dict[str, Tensor]]
+ALL = {**CASES, **ranks.LARGE_CASES}
+WRONG = {**CONTROLS, **{name: case for name, case in ranks.LARGE_CONTROLS.items() if not case.mtp}}
 
 
 def chunks_of(case: Case) -> list[Chunk]:
@@ -28,19 +31,24 @@ def chunks_of(case: Case) -> list[Chunk]:
     return [Chunk(depth % pp, depth // pp, len(stage)) for depth, stage in enumerate(case.stages)]
 
 
-def dense_shards(case: Case) -> Shards:
-    """The hand-written shards of a case without experts, by (pipeline rank, chunk, tensor rank)."""
-    return {place[:3]: part for place, part in ranks.shards(case).items()}
-
-
 def reader(shards: Shards) -> Read:
-    return lambda pp, chunk, tp, name: shards[pp, chunk, tp][name]
+    return lambda pp, chunk, tp, ep, name: shards[pp, chunk, tp, ep][name]
 
 
 def reference(case: Case, shards: Shards | None = None, **options: Any) -> MegatronForCausalLM:
     args = vars(arguments(ranks.model_of(case), case.grid, "torch"))
-    shards = dense_shards(case) if shards is None else shards
-    return MegatronForCausalLM(args, chunks_of(case), reader(shards), tp_size=case.grid.tp, **options)
+    shards = ranks.shards(case) if shards is None else shards
+    return MegatronForCausalLM(args, chunks_of(case), reader(shards), **sizes(case.grid), **options)
+
+
+def sizes(grid: Grid) -> dict[str, Any]:
+    """A grid's numbers of ranks."""
+    return {"tp_size": grid.tp, "ep_size": grid.ep, "etp_size": grid.etp}
+
+
+def main_logits(case: Case, found: np.ndarray) -> np.ndarray:
+    """Without those of further tokens."""
+    return found[0] if case.mtp else found
 
 
 def logits(model: MegatronForCausalLM, vocab: int = 131) -> np.ndarray:
@@ -53,36 +61,45 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL)
 def test_gives_the_logits_of_transformers(name: str) -> None:
-    case = CASES[name]
-    shards = dense_shards(case)
+    case = ALL[name]
+    shards = ranks.shards(case)
     model = reference(case, shards)
-    assert relative(logits(model), ranks.expected(case)) <= TOLERANCE
-    assert model.read == {(*place, tensor) for place, part in shards.items() for tensor in part}
+    assert relative(logits(model), main_logits(case, ranks.expected(case))) <= TOLERANCE
+    last = max(shards)[0]
+    unused = {  # what only further tokens need
+        (*place, name) for place, part in shards.items() for name in part
+        if name.startswith("mtp.") or (case.mtp and place[0] == last > 0 and name.startswith("embedding."))
+    }  # fmt: skip
+    everything = {(*place, tensor) for place, part in shards.items() for tensor in part}
+    assert model.read <= everything - unused
+    assert all(".experts." in name for *_, name in everything - unused - model.read)  # an expert nobody was sent to
 
 
-@pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.parametrize("name", WRONG)
 def test_wrong_shards_give_wrong_logits(name: str) -> None:
-    assert relative(logits(reference(CONTROLS[name])), ranks.expected(CONTROLS[name])) > 1e-2
+    assert relative(logits(reference(WRONG[name])), ranks.expected(WRONG[name])) > 1e-2
 
 
 def saved(directory: Path, grid: Grid) -> tuple[dict[str, Any], Shards]:
     """The args and the tensors of a checkpoint of format `torch`."""
     shards, args = {}, Namespace()
     for path in directory.glob("iter_0000001/mp_rank_*/model_optim_rng.pt"):
-        tp, *pp = (int(part) for part in path.parent.name.removeprefix("mp_rank_").split("_"))
+        tp, *rest = (int(part) for part in path.parent.name.removeprefix("mp_rank_").split("_"))
+        pp, ep = (rest.pop(0) if rest and size > 1 else 0 for size in (grid.pp, grid.ep))
         state = torch.load(path, weights_only=False)
         args = state["args"]
         for index in range(grid.vpp or 1):
-            shards[pp[0] if pp else 0, index, tp] = state["model" if grid.vpp is None else f"model{index}"]
+            shards[pp, index, tp, ep] = state["model" if grid.vpp is None else f"model{index}"]
     return vars(args), shards
 
 
 @pytest.mark.skipif(not oracle.AVAILABLE, reason="needs megatron-core and psutil")
 def test_gives_the_logits_of_megatron_core(tmp_path: Path) -> None:
     # What Megatron saved of itself for the cases, and what it makes of the wrong shards.
-    cases = {**CASES, **CONTROLS}
+    large = ("qwen2_moe_tp2_ep2_etp1", "mixtral_ep2", "deepseek_v3_pp2_ep2", "deepseek_v2_tp2", "glm4_moe_tp2_ep2")
+    cases = {**CASES, **CONTROLS, **{name: ranks.LARGE_CASES[name] for name in large}}
     jobs: list[Load] = []
     for name, case in cases.items():
         model, directory = ranks.model_of(case), tmp_path / name
@@ -94,8 +111,8 @@ def test_gives_the_logits_of_megatron_core(tmp_path: Path) -> None:
     for (name, case), wanted in zip(cases.items(), oracle.run(jobs), strict=True):
         assert isinstance(wanted, np.ndarray), wanted
         args, shards = saved(tmp_path / name, case.grid)
-        model = MegatronForCausalLM(args, chunks_of(case), reader(shards), tp_size=case.grid.tp)
-        errors[name] = relative(logits(model), wanted)
+        model = MegatronForCausalLM(args, chunks_of(case), reader(shards), **sizes(case.grid))
+        errors[name] = relative(logits(model), main_logits(case, wanted))
     assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
 
 
@@ -109,7 +126,7 @@ def test_names_of_transformer_engine(name: str) -> None:
             ): value
             for tensor, value in part.items()
         }
-        for place, part in dense_shards(case).items()
+        for place, part in ranks.shards(case).items()
     }
     assert relative(logits(reference(case, spelled)), logits(reference(case))) == 0.0
 
@@ -161,11 +178,11 @@ def test_hidden_states_of_every_layer() -> None:
 
 def test_holds_few_tensors_at_a_time() -> None:
     case = CASES["tp2"]
-    shards, alive, most = dense_shards(case), weakref.WeakSet[Tensor](), 0
+    shards, alive, most = ranks.shards(case), weakref.WeakSet[Tensor](), 0
 
-    def read(pp: int, chunk: int, tp: int, name: str) -> Tensor:
+    def read(pp: int, chunk: int, tp: int, ep: int, name: str) -> Tensor:
         nonlocal most
-        tensor = shards[pp, chunk, tp][name].clone()
+        tensor = shards[pp, chunk, tp, ep][name].clone()
         alive.add(tensor)
         most = max(most, sum(entry.numel() for entry in alive))
         return tensor
@@ -174,15 +191,15 @@ def test_holds_few_tensors_at_a_time() -> None:
     MegatronForCausalLM(args, chunks_of(case), read, tp_size=2)(torch.from_numpy(ranks.input_ids()))
     gc.collect()
     assert len(alive) == 0
-    layer = sum(value.numel() for key, value in shards[0, 0, 0].items() if ".layers.0." in key)
+    layer = sum(value.numel() for key, value in shards[0, 0, 0, 0].items() if ".layers.0." in key)
     assert most < layer  # of one rank; the model has four layers on two
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_experts": 8}, {"multi_latent_attention": True}, {"normalization": "LayerNorm"}, {"swiglu": False},
-        {"apply_layernorm_1p": True}, {"mtp_num_layers": 1}, {"position_embedding_type": "learned_absolute",
+        {"moe_router_score_function": "tanh"}, {"normalization": "LayerNorm"}, {"swiglu": False},
+        {"apply_layernorm_1p": True}, {"position_embedding_type": "learned_absolute",
         "use_rotary_position_embeddings": False}, {"window_size": (128, 0)}, {"squared_relu": True},
     ],
     ids=lambda change: next(iter(change)),
@@ -198,7 +215,7 @@ def test_refuses_what_it_does_not_compute(change: dict[str, Any]) -> None:
     [
         ({"norm_epsilon": None}, 4, 1, "lack `norm_epsilon`"),
         ({}, 3, 1, "4 layers, the shards hold 3"),
-        ({}, 4, 3, "cannot share heads 8, ffn_hidden_size 104, padded_vocab_size 136, num_query_groups 2"),
+        ({}, 4, 3, "cannot share heads 8, padded_vocab_size 136, ffn_hidden_size 104, num_query_groups 2"),
     ],
 )
 def test_args_that_do_not_fit(change: dict[str, Any], layers: int, tp: int, words: str) -> None:
@@ -211,7 +228,7 @@ def test_groups_count_only_where_grouping_is_on() -> None:
     case = CASES["tp4_no_groups"]
     args = {**vars(arguments(ranks.model_of(case), case.grid, "torch")), "group_query_attention": False}
     args["num_query_groups"] = 1  # Megatron-LM's default
-    model = MegatronForCausalLM(args, chunks_of(case), reader(dense_shards(case)), tp_size=4)
+    model = MegatronForCausalLM(args, chunks_of(case), reader(ranks.shards(case)), tp_size=4)
     assert relative(logits(model), ranks.expected(case)) <= TOLERANCE
 
 
@@ -231,8 +248,8 @@ def _drift(part: dict[str, Tensor]) -> None:
     ("spoil", "words"), [(_drop, "has no `decoder.layers.1"), (_narrow, "is \\(48, 51\\), not"), (_drift, "differs")]
 )
 def test_says_where_shards_are_wrong(spoil: Callable[[dict[str, Tensor]], None], words: str) -> None:
-    shards = dense_shards(CASES["tp2_pp2"])
-    spoil(shards[1, 0, 1])
+    shards = ranks.shards(CASES["tp2_pp2"])
+    spoil(shards[1, 0, 1, 0])
     with pytest.raises(BadInput, match=words) as caught:
         logits(reference(CASES["tp2_pp2"], shards))
     assert caught.value.where == "pipeline rank 1, chunk 0, tensor rank 1"

@@ -237,7 +237,8 @@ def test_memory_is_that_of_one_expert_not_of_all(tmp_path: Path) -> None:
         )  # fmt: skip
         done = subprocess.run(
             [sys.executable, "-c", _PEAK, str(source)], capture_output=True, text=True, check=True,
-            cwd=Path(__file__).parent.parent, env={"PATH": "/usr/bin", "PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
+            cwd=Path(__file__).parent.parent, 
+            env={"PATH": "/usr/bin", "PYTHONPATH": ".", "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         )  # fmt: skip
         peaks.append(int(done.stdout))
     expert = 3 * 512 * 1024 * 4

@@ -96,6 +96,20 @@ def departures(config: CanonicalConfig) -> tuple[str, ...]:
     return tuple(found)
 
 
+def refuse_departures(config: CanonicalConfig) -> None:
+    """Refuse a model whose logits are known to come out otherwise in megatron-core, where logits are to be proved.
+
+    Raises:
+        Refused: saying where they part.
+    """
+    found = departures(config)
+    if found:
+        raise Refused(
+            f"logits cannot be the same: {'; '.join(found)}",
+            hint="`--verify weights` writes it all the same: the weights are exact",
+        )
+
+
 def _mixture(c: CanonicalConfig) -> dict[str, Any]:
     """Arguments of a mixture of experts."""
     if not c.num_experts:

@@ -23,7 +23,7 @@ from llmconvert.converters.megatron.layout import dist_cut
 from llmconvert.converters.megatron.parts import IMPLEMENTATIONS, Cut
 from llmconvert.converters.megatron.shards import Joined, assembled, find_implementation, join, split, where
 from llmconvert.converters.megatron.split import HF_FOLDER
-from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
+from llmconvert.converters.proofs import LOGITS, Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import unlowered
 from llmconvert.converters.running import Progress, Report, run
 from llmconvert.engine import manifest
@@ -365,6 +365,8 @@ def merge_checkpoint(
     if dry_run:
         return report
     refuse_unprovable(proving, [("source", source)])
+    if proving.verify == LOGITS:
+        arguments.refuse_departures(conversion.model.config)
     return run(
         conversion.plan, source, destination, report, proving, workers, overwrite, resume, sync, progress,
         pairs=lambda written: _pairs(conversion, written),

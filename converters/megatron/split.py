@@ -25,7 +25,7 @@ from llmconvert.converters.megatron.layout import cut_for, lay_out, tracked
 from llmconvert.converters.megatron.parts import IMPLEMENTATIONS, Cut, check_cut
 from llmconvert.converters.megatron.shards import assembled, join, split
 from llmconvert.converters.planning import checked_away, elsewhere
-from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
+from llmconvert.converters.proofs import LOGITS, Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import canonical_pairs, unlowered
 from llmconvert.converters.running import Progress, Report, run
 from llmconvert.engine.plan import Plan, WeightFile
@@ -247,6 +247,8 @@ def split_checkpoint(
         return report
     check_destination(conversion.checkpoint.path, target, overwrite=overwrite)
     refuse_unprovable(proving, [("source", conversion.checkpoint.path)])
+    if proving.verify == LOGITS:
+        arguments.refuse_departures(conversion.model.config)
     return run(
         conversion.plan, conversion.checkpoint.path, target, report, proving, workers, overwrite, resume, sync, progress,
         pairs=lambda written: _pairs(conversion, written),

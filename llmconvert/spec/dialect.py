@@ -112,7 +112,7 @@ def _settle_biases(spec: Spec, config: Mapping[str, Any], values: dict[str, Any]
 def _settle_mtp(spec: Spec, values: dict[str, Any], names: set[str] | None) -> None:
     """The tensors decide how many layers predict further tokens: fine-tuned checkpoints keep the key and lose the layers."""
     if names is None:
-        values["mtp_copies"] = values["num_nextn_predict_layers"] > 0
+        values["mtp_copies"] = values["num_nextn_predict_layers"] > 0 and "mtp_copies" in spec.holds
         return
     stored = {row.modules[0]: row.stored.replace("{p}", "weight") for row in all_rows(spec)}
     first, count = values["num_hidden_layers"], 0

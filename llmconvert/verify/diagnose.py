@@ -111,9 +111,8 @@ def explain_layer(
     a = _Stages(left, index, getattr(halves[0], part), mine, probes)
     b = _Stages(right, index, getattr(halves[1], part), theirs, probes)
     if not (a.known and b.known):
-        return _explain_experts(a, b, mine, theirs, same) or (
-            f"somewhere in the {part} half", a.tensors(a.child), b.tensors(b.child)
-        )  # fmt: skip
+        experts = _explain_experts(a, b, probes, mine, theirs, same) if part == "mlp" else None
+        return experts or (f"somewhere in the {part} half", a.tensors(a.child), b.tensors(b.child))
     if _worst(a.normed, b.normed, a.kept) > same:
         fault = _norm_fault(a.normed, b.normed, a.kept)
         return f"the norm before it: its {fault}", _norms(left, index, part), _norms(right, index, part)
@@ -137,14 +136,14 @@ def explain_layer(
 
 
 def _explain_experts(
-    a: _Stages, b: _Stages, mine: Sequence[Seen], theirs: Sequence[Seen], same: float
+    a: _Stages, b: _Stages, probes: Sequence[Probe], mine: Sequence[Seen], theirs: Sequence[Seen], same: float
 ) -> Explanation | None:
     """A mixture of experts: its router, single experts, or what stands beside them; None where it shows nothing."""
     if not any(seen.experts for seen in mine) or not any(seen.experts for seen in theirs):
         return None
-    if not alike(mine, theirs):
+    if not alike(probes, mine, theirs):
         return "its router sends tokens to other experts", _beside(a), _beside(b)
-    strange = differing_experts(mine, theirs, same)
+    strange = differing_experts(probes, mine, theirs, same)
     if strange:
         numbers = ", ".join(name.rpartition("/")[2] for name in strange[:6]) + (
             " and others" if len(strange) > 6 else ""

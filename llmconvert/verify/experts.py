@@ -67,14 +67,15 @@ class StreamedExperts:
     """What a module of fused experts computes, with matrices read as they are needed.
 
     Attributes:
-        outputs: what each expert that was chosen gave in the last call, before it is weighed: [its tokens, hidden].
+        outputs: for each expert chosen in the last call its tokens' numbers, and what it gave them before that is
+            weighed, [its tokens, hidden].
     """
 
     def __init__(self, module: nn.Module, read: Callable[[int], Matrices]) -> None:
         """Stand in for `module`; `read` gives an expert's matrices."""
         self.read, self.act_fn = read, module.act_fn
         self.num_experts = int(module.num_experts)  # type: ignore[arg-type]
-        self.outputs: dict[int, Tensor] = {}
+        self.outputs: dict[int, tuple[Tensor, Tensor]] = {}
         self._cache: dict[int, Matrices] = {}
         self._cached = 0
 
@@ -93,7 +94,7 @@ class StreamedExperts:
             gate_up, down = self._matrices(expert)
             gate, up = functional.linear(hidden_states[tokens], gate_up).chunk(2, dim=-1)
             output = functional.linear(self.act_fn(gate) * up, down)  # type: ignore[operator]
-            self.outputs[expert] = output
+            self.outputs[expert] = tokens, output
             result.index_add_(0, tokens, (output * top_k_weights[tokens, slots, None]).to(result.dtype))
         return result
 

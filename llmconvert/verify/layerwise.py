@@ -453,7 +453,7 @@ class _Watch:
         self.routed = index_of(args, kwargs)
         self.num_experts = int(getattr(module, "num_experts", 0))
 
-    def expert_outputs(self) -> dict[str, Tensor]:
+    def expert_outputs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """What each expert gave, by its place in the layer."""
         names = {id(module): name for name, module in self._layer.named_modules()}
         return {

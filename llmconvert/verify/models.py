@@ -262,8 +262,9 @@ def load_model(directory: Path, dtype: torch.dtype, device: str, attention: str 
     options = _options(dtype, attention)
     if _release() >= (5, 0):
         options["experts_implementation"] = "eager"
-    bars = transformers.utils.logging.is_progress_bar_enabled()
+    bars, verbosity = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # what it leaves out is told by us
     try:
         loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
@@ -271,6 +272,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: str, attention: str 
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise _refused(error, directory) from None
     finally:
+        transformers.utils.logging.set_verbosity(verbosity)
         if bars:
             transformers.utils.logging.enable_progress_bar()
     if info["missing_keys"]:

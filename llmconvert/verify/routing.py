@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from llmconvert.verify.probes import Probe
 from llmconvert.verify.runnable import Seen
@@ -58,30 +58,33 @@ def compare_routing(
     return LayerRouting(index, choices, different, tuple(examples), experts, len(chosen))
 
 
-def differing_experts(mine: Sequence[Seen], theirs: Sequence[Seen], same: float) -> list[str]:
+def differing_experts(probes: Sequence[Probe], mine: Sequence[Seen], theirs: Sequence[Seen], same: float) -> list[str]:
     """Experts that give their tokens something else, by name in the layer; the tokens must be the same.
 
     Args:
+        probes: what was run; padding is left out.
         mine: what the first model's layer did.
         theirs: what the second's did, given the same.
         same: largest relative difference taken for equal.
     """
     found: dict[str, None] = {}
-    for a, b in zip(mine, theirs, strict=True):
-        for (name, left), (_, right) in zip(sorted(a.experts.items()), sorted(b.experts.items()), strict=False):
-            if left.shape == right.shape:
-                gap = (left.double() - right.to(left.device).double()).abs().max()
-                if float(gap) > same * float(left.double().abs().max()):
-                    found[name] = None
+    for probe, a, b in zip(probes, mine, theirs, strict=True):
+        kept = probe.kept.flatten()
+        for name in sorted(a.experts.keys() & b.experts.keys()):
+            left, right = (_by_token(*seen.experts[name], kept) for seen in (a, b))
+            comparable = left.shape == right.shape and len(left) > 0
+            if comparable and float((left - right).abs().max()) > same * float(left.abs().max()):
+                found[name] = None
     return list(found)
 
 
-def alike(mine: Sequence[Seen], theirs: Sequence[Seen]) -> bool:
+def _by_token(tokens: Tensor, output: Tensor, kept: Tensor) -> Tensor:
+    """Outputs in the order of their tokens (models rank the chosen experts otherwise), without padding."""
+    order = tokens.cpu().argsort()
+    return output.cpu().double()[order][kept[tokens.cpu()[order]]]
+
+
+def alike(probes: Sequence[Probe], mine: Sequence[Seen], theirs: Sequence[Seen]) -> bool:
     """Whether both models sent every token to the same experts, in the same slots or not."""
-    return all(
-        a.routed is not None
-        and b.routed is not None
-        and a.routed.shape == b.routed.shape
-        and torch.equal(a.routed.cpu().sort(-1).values, b.routed.cpu().sort(-1).values)
-        for a, b in zip(mine, theirs, strict=True)
-    )
+    found = compare_routing(0, probes, mine, theirs)
+    return found is not None and not found.different

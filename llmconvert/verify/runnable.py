@@ -52,8 +52,8 @@ class Seen:
         calls: the uses of its matrices, in order.
         routed: the experts each token was sent to, int64 [batch · tokens, chosen]; None in a dense layer.
         num_experts: how many there are to choose from; 0 where it is not known.
-        experts: what each expert gave its tokens before it was weighed, by its name in the layer (`.../7`), where it
-            is known.
+        experts: for each expert, by its name in the layer (`.../7`), its tokens' numbers and what it gave them before
+            that was weighed, where it is known.
     """
 
     out: Tensor
@@ -61,7 +61,7 @@ class Seen:
     calls: list[Call] = field(default_factory=list)
     routed: Tensor | None = None
     num_experts: int = 0
-    experts: dict[str, Tensor] = field(default_factory=dict)
+    experts: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 class Runnable(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,16 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmconvert.checkpoint.megatron import MegatronCheckpoint, Place, open_megatron
+from llmconvert.checkpoint.megatron import MegatronCheckpoint, Place, open_megatron, ranks
 from llmconvert.errors import BadInput
 from llmconvert.tensors.evaluate import Reader, evaluate, to_torch
 from llmconvert.tensors.tiles import assemble
 from llmconvert.verify.float64 import float64_throughout
 from llmconvert.verify.layerwise import disturb
 from llmconvert.verify.probes import Probe
-from llmconvert.verify.reference.megatron import Chunk, MegatronForCausalLM, MegatronLayer
+from llmconvert.verify.reference.megatron import MegatronForCausalLM, MegatronLayer
+from llmconvert.verify.reference.shards import Chunk
 from llmconvert.verify.runnable import Halves, Seen
 
+_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts\.(\d+)\..*|\w+\.weight(\d+))")
 _HALVES = Halves("attention", "mlp", "mlp")
 
 
@@ -68,16 +71,20 @@ class ShardedModel:
         chunks = depth(self.checkpoint)
         with self._arithmetic():
             self.module = MegatronForCausalLM(
-                self.checkpoint.args, chunks, self._tensor, tp_size=self.checkpoint.tp, dtype=dtype, device=device
-            )
+                self.checkpoint.args, chunks, self._tensor, tp_size=self.checkpoint.tp, ep_size=self.checkpoint.ep,
+                etp_size=self.checkpoint.etp, dtype=dtype, device=device,
+            )  # fmt: skip
         self.layers = [layer for layer in self.module.layers if isinstance(layer, MegatronLayer)]
+        further = {tile.stored.name for named in self.checkpoint.tensors.values() for name, tiles in named.items()
+                   for tile in tiles if name.startswith("mtp.")}  # fmt: skip
+        self.unused = sorted(further)
         self._places = [(chunk, local) for chunk in chunks for local in range(chunk.num_layers)]
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         return float64_throughout() if self.dtype == torch.float64 else nullcontext()
 
-    def _tensor(self, pp_rank: int, vpp_chunk: int, tp_rank: int, name: str) -> Tensor:
-        tiles = self.checkpoint.tensors[Place(pp_rank, vpp_chunk, tp_rank)][name]
+    def _tensor(self, pp_rank: int, vpp_chunk: int, tp_rank: int, ep_rank: int, name: str) -> Tensor:
+        tiles = self.checkpoint.tensors[Place(pp_rank, vpp_chunk, tp_rank, ep_rank)][name]
         expression = assemble(name, tiles)
         with torch._C.DisableTorchFunction():
             block = evaluate(expression, 0, expression.rows, self._reader)
@@ -115,7 +122,9 @@ class ShardedModel:
                 )
                 given = middles[k] if middles else None
                 out = layer.second_half(middle if given is None else given)
-            results.append(Seen(out, middle))
+            results.append(
+                Seen(out, middle, routed=layer.routed, num_experts=layer.num_experts, experts=dict(layer.outputs))
+            )
         return results
 
     def halves(self, index: int) -> Halves | None:
@@ -139,20 +148,28 @@ class ShardedModel:
         return [logits for _, logits in self.end(streams)]
 
     def part_tensors(self, index: int, part: str) -> list[str]:
-        """The stored tensors of a layer, or of its attention or MLP with the norm before it."""
+        """The stored tensors of a layer, or of its attention or MLP with the norm before it, or of an expert (`…/7`)."""
         chunk, local = self._places[index]
         prefix, own = f"decoder.layers.{local}.", []
-        for t in range(self.checkpoint.tp):
-            for name, tiles in self.checkpoint.tensors[Place(chunk.pp_rank, chunk.vpp_chunk, t)].items():
-                if name.startswith(prefix):
-                    half = "mlp" if name.removeprefix(prefix).startswith(("mlp.", "pre_mlp")) else "attention"
-                    if part in ("", half):
-                        own.append(tiles[0].stored.name)
+        each = self.layers[index].num_experts // self.checkpoint.ep
+        for place in self._ranks(chunk):
+            for name, tiles in self.checkpoint.tensors[place].items():
+                if not name.startswith(prefix):
+                    continue
+                rest = name.removeprefix(prefix)
+                half = "mlp" if rest.startswith(("mlp.", "pre_mlp")) else "attention"
+                found = _EXPERT.fullmatch(rest)
+                expert = f"mlp.experts/{place.ep_rank * each + int(found[1] or found[2])}" if found else None
+                if part in ("", half, expert):
+                    own.append(tiles[0].stored.name)
         return own
 
+    def _ranks(self, chunk: Chunk) -> list[Place]:
+        c = self.checkpoint
+        return [Place(chunk.pp_rank, chunk.vpp_chunk, t, e) for t, e in ranks(c.tp, c.ep, c.etp)]
+
     def _named(self, chunk: Chunk, *names: str) -> list[str]:
-        places = (Place(chunk.pp_rank, chunk.vpp_chunk, t) for t in range(self.checkpoint.tp))
-        held = [self.checkpoint.tensors[place] for place in places]
+        held = [self.checkpoint.tensors[place] for place in self._ranks(chunk)]
         return [named[name][0].stored.name for named in held for name in names if name in named]
 
     def late_tensors(self) -> tuple[list[str], list[str]]:

@@ -24,9 +24,9 @@ from llmconvert.verify.reference.common import (
     rotate_halves,
     rotate_neighbours,
 )
-
-Read = Callable[[int, int, int, str], Tensor]
-"""Gives a tensor by (pipeline rank, virtual chunk, tensor rank, name); KeyError where the shard has none."""
+from llmconvert.verify.reference.megatron_experts import MixtureOfExperts, layers_with_experts
+from llmconvert.verify.reference.megatron_latent import LatentAttention
+from llmconvert.verify.reference.shards import Chunk, Read, Shards
 
 # What the forward computes, by argument of Megatron-LM; None stands for an absent argument.
 _COMPUTED: dict[str, tuple[Any, ...]] = {
@@ -34,10 +34,6 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "swiglu": (True,),
     "squared_relu": (None, False),
     "quick_geglu": (None, False),
-    "num_experts": (None, 0),
-    "num_moe_experts": (None, 0),
-    "multi_latent_attention": (None, False),
-    "mtp_num_layers": (None, 0),
     "apply_layernorm_1p": (None, False),
     "layernorm_zero_centered_gamma": (None, False),
     "apply_residual_connection_post_layernorm": (None, False),
@@ -54,23 +50,13 @@ _COMPUTED: dict[str, tuple[Any, ...]] = {
     "experimental_attention_variant": (None,),
     "heterogeneous_layers_config_path": (None,),
     "heterogeneous_layers_config_encoded_json": (None,),
+    "moe_router_score_function": (None, "softmax", "sigmoid"),
+    "moe_apply_probs_on_input": (None, False),
+    "moe_router_force_load_balancing": (None, False),
+    "moe_latent_size": (None,),
     "is_hybrid_model": (None, False),
     "hybrid_override_pattern": (None,),
 }
-
-
-class Chunk(NamedTuple):
-    """Consecutive layers that one pipeline rank holds under names counted from 0.
-
-    Attributes:
-        pp_rank: the pipeline rank.
-        vpp_chunk: which of its virtual chunks; 0 where there is one.
-        num_layers: may be 0, for a chunk that holds the embedding or the head alone.
-    """
-
-    pp_rank: int
-    vpp_chunk: int
-    num_layers: int
 
 
 class _Sizes(NamedTuple):
@@ -85,6 +71,7 @@ class _Sizes(NamedTuple):
     qkv_bias: bool
     biases: bool
     head_norms: bool
+    latent: bool
 
 
 def _sizes(args: Mapping[str, Any], tp: int) -> _Sizes:
@@ -95,7 +82,7 @@ def _sizes(args: Mapping[str, Any], tp: int) -> _Sizes:
         BadInput: a needed argument is absent, or the sizes cannot be cut in `tp` parts.
     """
     wrong = [f"`{key}` {args.get(key)!r}" for key, allowed in _COMPUTED.items() if args.get(key) not in allowed]
-    if args.get("position_embedding_type") != "rope" and not args.get("use_rotary_position_embeddings"):
+    if args.get("position_embedding_type") not in ("rope", "yarn") and not args.get("use_rotary_position_embeddings"):
         wrong.append(f"`position_embedding_type` {args.get('position_embedding_type')!r}")
     if wrong:
         raise Refused(
@@ -125,55 +112,16 @@ def _sizes(args: Mapping[str, Any], tp: int) -> _Sizes:
         biases=bool(args.get("add_bias_linear")),
         qkv_bias=bool(args.get("add_qkv_bias") or args.get("add_bias_linear")),
         head_norms=bool(args.get("qk_layernorm")),
+        latent=bool(args.get("multi_latent_attention")),
     )
-    uneven = [
-        f"{name} {size}"
-        for name, size in (
-            ("heads", heads),
-            ("ffn_hidden_size", sizes.intermediate),
-            ("padded_vocab_size", sizes.vocab),
-        )
-        if size % tp
-    ]
-    if heads % sizes.groups or (sizes.groups % tp and tp % sizes.groups):
+    cut = [("heads", heads), ("padded_vocab_size", sizes.vocab)]
+    cut += [] if args.get("num_experts") else [("ffn_hidden_size", sizes.intermediate)]
+    uneven = [f"{name} {size}" for name, size in cut if size % tp]
+    if not sizes.latent and (heads % sizes.groups or (sizes.groups % tp and tp % sizes.groups)):
         uneven.append(f"num_query_groups {sizes.groups}")
     if uneven:
         raise BadInput(f"{tp} tensor-parallel ranks cannot share {', '.join(uneven)}", where="args")
     return sizes
-
-
-class _Shards:
-    """Reads tensors by role, checks their shapes, and remembers which were read."""
-
-    def __init__(self, tensor: Read, tp: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.tensor, self.tp, self.dtype, self.device = tensor, tp, dtype, device
-        self.read: set[tuple[int, int, int, str]] = set()
-
-    def part(self, chunk: Chunk, rank: int, shape: tuple[int, ...], *spellings: str) -> Tensor:
-        """One rank's tensor under the first of its spellings the shard has."""
-        for name in spellings:
-            place = (chunk.pp_rank, chunk.vpp_chunk, rank, name)
-            try:
-                found = self.tensor(*place)
-            except KeyError:
-                continue
-            self.read.add(place)
-            if tuple(found.shape) != shape:
-                raise BadInput(f"`{name}` is {tuple(found.shape)}, not {shape}", where=_where(chunk, rank))
-            return found.to(self.device, self.dtype)
-        raise BadInput(f"the shard has no `{spellings[0]}`", where=_where(chunk, rank))
-
-    def copy(self, chunk: Chunk, shape: tuple[int, ...], *spellings: str) -> Tensor:
-        """A tensor every tensor-parallel rank has a copy of; all are read and must be equal."""
-        first, *others = (self.part(chunk, rank, shape, *spellings) for rank in range(self.tp))
-        for rank, other in enumerate(others, 1):
-            if not torch.equal(first, other):
-                raise BadInput(f"`{spellings[0]}` differs from the copy of tensor rank 0", where=_where(chunk, rank))
-        return first
-
-
-def _where(chunk: Chunk, rank: int) -> str:
-    return f"pipeline rank {chunk.pp_rank}, chunk {chunk.vpp_chunk}, tensor rank {rank}"
 
 
 class _Rotary:
@@ -202,13 +150,34 @@ class _Rotary:
 
 
 class MegatronLayer(nn.Module):
-    """One layer, read from its shards each time it is called: two tensors of one rank are in memory at a time."""
+    """One layer, read from its shards each time it is called: two tensors of one rank are in memory at a time.
 
-    def __init__(self, shards: _Shards, sizes: _Sizes, rotary: _Rotary, chunk: Chunk, index: int) -> None:
+    Attributes:
+        routed: the experts each token of the last call was sent to, int64 [batch · tokens, chosen]; None if dense.
+        outputs: by its name in the layer, each expert's tokens and what it gave them before that was weighed.
+        num_experts: how many there are.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        sizes: _Sizes,
+        rotary: _Rotary,
+        chunk: Chunk,
+        index: int,
+        args: Mapping[str, Any],
+        experts: bool,
+    ) -> None:
         """Layer `index` of `chunk`, counted within it."""
         super().__init__()
         self.shards, self.sizes, self.rotary, self.chunk = shards, sizes, rotary, chunk
         self.prefix = f"decoder.layers.{index}."
+        place = (shards, chunk, self.prefix, args)
+        self.latent = LatentAttention(*place, sizes.hidden, sizes.heads, sizes.eps) if sizes.latent else None
+        self.mixture = MixtureOfExperts(*place, sizes.hidden) if experts else None
+        self.num_experts = self.mixture.num_experts if self.mixture else 0
+        self.routed: Tensor | None = None
+        self.outputs: dict[str, tuple[Tensor, Tensor]] = {}
 
     def _part(self, rank: int, name: str, *shape: int) -> Tensor:
         return self.shards.part(self.chunk, rank, shape, self.prefix + name)
@@ -223,12 +192,18 @@ class MegatronLayer(nn.Module):
     def first_half(self, hidden: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The residual stream after attention: [batch, tokens, hidden_size]."""
         norm = self._copy(self.sizes.hidden, "input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight")
-        return hidden + self._attention(rms_norm(hidden, norm, self.sizes.eps), position_ids, attention_mask)
+        attention: Callable[..., Tensor] = self.latent or self._attention
+        return hidden + attention(rms_norm(hidden, norm, self.sizes.eps), position_ids, attention_mask)
 
     def second_half(self, hidden: Tensor) -> Tensor:
         """The residual stream after the MLP: [batch, tokens, hidden_size]."""
         norm = self._copy(self.sizes.hidden, "pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
-        return hidden + self._mlp(rms_norm(hidden, norm, self.sizes.eps))
+        normed = rms_norm(hidden, norm, self.sizes.eps)
+        if self.mixture is None:
+            return hidden + self._mlp(normed)
+        added: Tensor
+        added, self.routed, self.outputs = self.mixture(normed)
+        return hidden + added
 
     def _query_key_value(self, x: Tensor) -> list[Tensor]:
         """Each rank's fused activations, [batch, tokens, groups it uses, heads a group + 2, head_dim].
@@ -279,7 +254,9 @@ class MegatronLayer(nn.Module):
 
 
 class MegatronForCausalLM(nn.Module):
-    """A Megatron checkpoint of a dense decoder (RMSNorm, rotary embedding, SwiGLU, grouped queries), run as shards.
+    """A Megatron checkpoint of a decoder (RMSNorm, rotary embedding, SwiGLU), run as shards.
+
+    Queries are grouped, or attention is latent; layers are dense or mixtures of experts.
 
     It has no parameters: every call reads the shards again, a tensor at a time, so memory stays at about one tensor of
     one rank and the activations. `layers` are the decoder's layers in order of depth: a forward hook on one of them
@@ -288,8 +265,8 @@ class MegatronForCausalLM(nn.Module):
 
     Attributes:
         layers: an nn.ModuleList of `MegatronLayer`.
-        read: every (pipeline rank, chunk, tensor rank, name) read so far: of what else a checkpoint holds the logits
-            say nothing.
+        read: every (pipeline rank, chunk, tensor rank, expert rank, name) read so far: of what else a checkpoint holds
+            the logits say nothing (layers that predict further tokens, and experts that no token was sent to).
     """
 
     def __init__(
@@ -299,6 +276,8 @@ class MegatronForCausalLM(nn.Module):
         tensor: Read,
         *,
         tp_size: int,
+        ep_size: int = 1,
+        etp_size: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
     ) -> None:
@@ -309,11 +288,13 @@ class MegatronForCausalLM(nn.Module):
             chunks: all chunks in order of depth; the first has the embedding, the last the final norm and the head.
             tensor: see `Read`. Global tensors, as of `torch_dist`, are those of one pipeline and one tensor rank.
             tp_size: tensor-parallel ranks.
+            ep_size: expert-parallel ranks.
+            etp_size: tensor-parallel ranks of an expert; `tp_size` if None.
             dtype: float32, float64 or bfloat16, to compute in; tensors are converted as they are read.
             device: where to compute.
 
         Raises:
-            Refused: mixture of experts, latent attention, another norm or activation, or anything else not computed.
+            Refused: another norm or activation, or anything else not computed.
             BadInput: the args lack a size, or contradict themselves or `chunks`.
         """
         super().__init__()
@@ -321,17 +302,18 @@ class MegatronForCausalLM(nn.Module):
         layers = sum(chunk.num_layers for chunk in chunks)
         if args.get("num_layers") != layers:
             raise BadInput(f"the args say {args.get('num_layers')} layers, the shards hold {layers}", where="args")
-        self.shards = _Shards(tensor, tp_size, dtype, torch.device(device))
+        self.shards = Shards(tensor, tp_size, ep_size, etp_size or tp_size, dtype, torch.device(device))
         self.chunks, self.tied = list(chunks), not args.get("untie_embeddings_and_output_weights")
         rotary = _Rotary(args, self.sizes.head_dim)
+        places = [(chunk, index) for chunk in chunks for index in range(chunk.num_layers)]
+        experts = layers_with_experts(args, layers)
         self.layers = nn.ModuleList(
-            MegatronLayer(self.shards, self.sizes, rotary, chunk, index)
-            for chunk in chunks
-            for index in range(chunk.num_layers)
+            MegatronLayer(self.shards, self.sizes, rotary, *place, args, mixture)
+            for place, mixture in zip(places, experts, strict=True)
         )
 
     @property
-    def read(self) -> set[tuple[int, int, int, str]]:
+    def read(self) -> set[tuple[int, int, int, int, str]]:
         """See the class."""
         return self.shards.read
 
