@@ -13,7 +13,7 @@ import pytest
 import tiny
 from safetensors.torch import save_file
 
-from llmconvert.converters.equality import DIFFERENT, EQUAL, NOT_COMPARED, compare_weights
+from llmconvert.converters.equality import DIFFERENT, EQUAL, compare_weights
 from llmconvert.converters.huggingface import convert
 from llmconvert.converters.roundtrip import round_trip
 from llmconvert.errors import Refused
