@@ -81,6 +81,7 @@ def companions(checkpoint: Checkpoint) -> Companions:
     needed = _tokenizer_modules(directory, checkpoint.config)
     copies: dict[str, Path] = {}
     left: dict[str, str] = {}
+    weights = set(checkpoint.files)
     for path in sorted(directory.iterdir()):
         name = path.name
         if path.is_dir():
@@ -94,7 +95,7 @@ def companions(checkpoint: Checkpoint) -> Companions:
         if name.endswith(".index.json"):
             continue
         if name.endswith(_WEIGHTS):
-            if path not in checkpoint.files:
+            if path not in weights:
                 left[name] = "weights or training state that the checkpoint's index does not name"
             continue
         if name.endswith(".py") and name not in needed:

@@ -188,7 +188,7 @@ def plan_conversion(
         checkpoint.path, outputs, files, {**texts, **extra.texts}, extra.copies, model.checks,
         _identity(checkpoint, files, summary), summary,
     )  # fmt: skip
-    ledger = account(plan, checkpoint.tensors, lifted.dropped | checked_away(model, tensors))
+    ledger = account(plan, checkpoint.tensors, lifted.dropped | checked_away(model))
     all_notes = lifted.notes + notes + extra.notes + _dtype_notes(checkpoint, tensors, code)
     return Conversion(
         checkpoint, spec, lifted, target, model, steps, code, keep_fp8, plan, ledger, all_notes, extra.left
@@ -237,9 +237,9 @@ def _refuse_early(config: CanonicalConfig, target: Spec, known: Registry) -> Non
     check_representable(config, target.name, target.holds | target.always, known.holders)
 
 
-def checked_away(model: CanonicalModel, tensors: Mapping[str, Expression]) -> dict[str, str]:
-    """Stored tensors that a check allows to leave out whole (zero biases)."""
-    used = {tensor.name for e in tensors.values() for tensor in sources(e)}
+def checked_away(model: CanonicalModel) -> dict[str, str]:
+    """Stored tensors that a check allows to leave out whole (zero biases, copies)."""
+    used = {tensor.name for e in model.tensors.values() for tensor in sources(e)} if model.checks else set()
     return {
         tensor.name: "checked to be zero" if isinstance(check.right, Fill) else "checked to be a copy"
         for check in model.checks

@@ -78,6 +78,7 @@ def _lay_out_ranks(shards: Shards, args: Mapping[str, Any], grid: Grid, cut: Cut
     """A rank file for every rank, as Megatron-LM saves it."""
     outputs: list[OutputTensor] = []
     files: list[WeightFile] = []
+    before: tuple[Any, Any] = None, None
     for p in range(grid.pp):
         for t, e in ranks(cut.tp, cut.ep, cut.etp):
             chunks_here = [shards[Place(p, v, t, e)] for v in range(grid.vpp)]
@@ -98,7 +99,10 @@ def _lay_out_ranks(shards: Shards, args: Mapping[str, Any], grid: Grid, cut: Cut
                     if extra is not None:
                         state[extra] = None
                 value["model" if grid.vpp == 1 else f"model{v}"] = state
-            laid = lay_out_torch(value)
+            # The ranks of a stage mostly hold tensors of the same names and shapes, and are laid out alike.
+            kind = [[(name, e.dtype, e.shape) for name, e in shard.items()] for shard in chunks_here]
+            laid = before[1] if kind == before[0] else lay_out_torch(value)
+            before = kind, laid
             outputs += [OutputTensor(n, file, at, e) for (n, e), at in zip(named, laid.offsets, strict=True)]
             crcs = {n: places for (n, _), places in zip(named, laid.crc_places, strict=True)}
             files.append(WeightFile(file, laid.size, laid.pieces, crcs))

@@ -166,8 +166,7 @@ def plan_split(
     plan = Plan(
         checkpoint.path, outputs, files, texts, copies, model.checks, _identity(checkpoint, files, summary), summary
     )
-    tensors = {output.name: output.expression for output in outputs}
-    ledger = account(plan, checkpoint.tensors, lifted.dropped | checked_away(model, tensors))
+    ledger = account(plan, checkpoint.tensors, lifted.dropped | checked_away(model))
     notes = lifted.notes + extra.notes + arguments.departures(model.config)
     if padded != model.config.vocab_size:
         rows = f"{padded - model.config.vocab_size} rows of zeros"

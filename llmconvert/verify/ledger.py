@@ -29,6 +29,8 @@ from llmconvert.tensors.expressions import (
 )
 
 _Rows = npt.NDArray[np.int64]
+_Index = range | _Rows
+"""Rows asked for: consecutive ones as a range, others as an array."""
 
 
 @dataclass(frozen=True)
@@ -51,80 +53,141 @@ class Ledger:
     output_bytes: int
 
 
-_Counts = dict[str, dict[tuple[int, int], _Rows]]
-"""For each source tensor, how often each row is used, apart for each range of columns it is used in."""
+class _Usage:
+    """How often each row of a source tensor is used, apart for the columns it is used in.
+
+    Attributes:
+        boxes: (first row, end row, first column, end column), one a use of consecutive rows.
+        arrays: uses of other rows: for a range of columns, how often each row is used.
+    """
+
+    def __init__(self, tensor: StoredTensor) -> None:
+        self.height = tensor.shape[0] if tensor.shape else 1
+        self.width = tensor.shape[1] if len(tensor.shape) > 1 else 1
+        self.boxes: list[tuple[int, int, int, int]] = []
+        self.arrays: dict[tuple[int, int], _Rows] = {}
+
+    def add(self, index: _Index, cut: tuple[int, int] | None) -> None:
+        """Count a use of some rows, or of their columns in `cut`."""
+        left, right = cut or (0, self.width)
+        if isinstance(index, range):
+            self.boxes.append((index.start, index.stop, left, right))
+        else:
+            np.add.at(self.arrays.setdefault((left, right), np.zeros(self.height, dtype=np.int64)), index, 1)
+
+    def extremes(self, rows: int | None = None) -> tuple[int, int]:
+        """How often the least used entry of the first `rows` rows is used, and the most used one of all."""
+        kept = self.height if rows is None else rows
+        if not self.arrays:
+            return self._of_boxes(kept)
+        edges = sorted(
+            {e for box in self.boxes for e in box[2:]} | {e for cut in self.arrays for e in cut} | {0, self.width}
+        )
+        least, most = 1 << 60, 0
+        for left, right in zip(edges, edges[1:], strict=False):
+            count = np.zeros(self.height, dtype=np.int64)
+            for (low, high), array in self.arrays.items():
+                if low <= left and right <= high:
+                    count += array
+            for start, stop, low, high in self.boxes:
+                if low <= left and right <= high:
+                    count[start:stop] += 1
+            least, most = min(least, int(count[:kept].min(initial=least))), max(most, int(count.max(initial=0)))
+        return least, most
+
+    def _of_boxes(self, kept: int) -> tuple[int, int]:
+        down = sorted({e for box in self.boxes for e in box[:2]} | {0, self.height, kept})
+        across = sorted({e for box in self.boxes for e in box[2:]} | {0, self.width})
+        count = np.zeros((len(down) - 1, len(across) - 1), dtype=np.int64)
+        rows, columns = ({edge: k for k, edge in enumerate(edges)} for edges in (down, across))
+        for start, stop, left, right in self.boxes:
+            count[rows[start] : rows[stop], columns[left] : columns[right]] += 1
+        return int(count[: rows[kept]].min(initial=1 << 60)), int(count.max(initial=0))
 
 
-def _usage(expression: Expression, index: _Rows, counts: _Counts, cut: tuple[int, int] | None = None) -> None:
-    """Count the source rows behind rows `index` of an expression, or behind columns `cut` of them."""
-    match expression:
-        case Stored(tensor=tensor):
-            whole = (0, expression.shape[1] if len(expression.shape) > 1 else 1)
-            ranges = counts.setdefault(tensor.name, {})
-            count = ranges.setdefault(cut or whole, np.zeros(expression.rows, dtype=np.int64))
-            np.add.at(count, index, 1)
-        case Columns(operand=operand, start=start):
-            low, high = cut or (0, expression.shape[1])
-            _usage(operand, index, counts, (start + low, start + high))
-        case Beside(parts=parts):
-            low, high = cut or (0, expression.shape[1])
-            base = 0
-            for part in parts:
-                left, right = max(low - base, 0), min(high - base, part.shape[1])
-                if left < right:
-                    _usage(part, index, counts, (left, right))
-                base += part.shape[1]
-        case Fill():
-            return
-        case Rows(operand=operand, start=start):
-            _usage(operand, index + start, counts, cut)
-        case Gather(operand=operand, axis=0, pattern=pattern, period=period):
-            entry = np.asarray(pattern, dtype=np.int64)[index % len(pattern)]
-            source = index // len(pattern) * period + entry
-            _usage(operand, source[entry >= 0], counts, cut)
-        case Gather(operand=operand, pattern=pattern, period=period):
-            # Columns: rows are only all there if no column is left behind.
-            if set(range(period)) <= set(pattern):
-                _usage(operand, index, counts)
-        case (
-            Dequantize(operand=operand, scale=scale, block=(height, _))
-            | Quantize(operand=operand, scale=scale, block=(height, _))
-        ):
-            _usage(operand, index, counts, cut)
-            # A scale serves a whole block: it counts as used, however many cuts share the block.
-            for tensor in sources(scale):
-                ranges = counts.setdefault(tensor.name, {})
-                count = ranges.setdefault((0, tensor.shape[1]), np.zeros(tensor.shape[0], dtype=np.int64))
-                count[np.unique(index // height)] = 1
-        case BlockScales():
-            return  # computed from rows that are written themselves
-        case Concat(parts=parts):
-            base = 0
-            for part in parts:
-                inside = (index >= base) & (index < base + part.rows)
-                _usage(part, index[inside] - base, counts, cut)
-                base += part.rows
-        case Interleave(parts=parts, chunks=chunks):
-            total = sum(chunks)
-            turn, place = np.divmod(index, total)
-            base = 0
-            for part, chunk in zip(parts, chunks, strict=True):
-                inside = (place >= base) & (place < base + chunk)
-                _usage(part, turn[inside] * chunk + place[inside] - base, counts, cut)
-                base += chunk
-        case _:
-            for operand in expression.operands:
-                _usage(operand, index, counts, cut)
+class _Account:
+    """Uses of source tensors, by name; `scales` holds those of block scales, which serve all rows of a block."""
+
+    def __init__(self) -> None:
+        self.used: dict[str, _Usage] = {}
+        self.scales: dict[str, _Usage] = {}
+
+    def use(self, expression: Expression, index: _Index, cut: tuple[int, int] | None = None) -> None:
+        """Count the source rows behind rows `index` of an expression, or behind columns `cut` of them."""
+        match expression:
+            case Stored(tensor=tensor):
+                self.used.setdefault(tensor.name, _Usage(tensor)).add(index, cut)
+            case Columns(operand=operand, start=start):
+                low, high = cut or (0, expression.shape[1])
+                self.use(operand, index, (start + low, start + high))
+            case Beside(parts=parts):
+                low, high = cut or (0, expression.shape[1])
+                base = 0
+                for part in parts:
+                    left, right = max(low - base, 0), min(high - base, part.shape[1])
+                    if left < right:
+                        self.use(part, index, (left, right))
+                    base += part.shape[1]
+            case Fill():
+                return
+            case Rows(operand=operand, start=start):
+                self.use(operand, _shifted(index, start), cut)
+            case Gather(operand=operand, axis=0, pattern=pattern, period=period):
+                rows = _array(index)
+                entry = np.asarray(pattern, dtype=np.int64)[rows % len(pattern)]
+                source = rows // len(pattern) * period + entry
+                self.use(operand, source[entry >= 0], cut)
+            case Gather(operand=operand, pattern=pattern, period=period):
+                # Columns: rows are only all there if no column is left behind.
+                if set(range(period)) <= set(pattern):
+                    self.use(operand, index)
+            case (
+                Dequantize(operand=operand, scale=scale, block=(height, _))
+                | Quantize(operand=operand, scale=scale, block=(height, _))
+            ):
+                self.use(operand, index, cut)
+                for tensor in sources(scale):
+                    self.scales.setdefault(tensor.name, _Usage(tensor)).add(_blocks(index, height), None)
+            case BlockScales():
+                return  # computed from rows that are written themselves
+            case Concat(parts=parts):
+                base = 0
+                for part in parts:
+                    inside = _inside(index, base, base + part.rows)
+                    if len(inside):
+                        self.use(part, _shifted(inside, -base), cut)
+                    base += part.rows
+            case Interleave(parts=parts, chunks=chunks):
+                total = sum(chunks)
+                turn, place = np.divmod(_array(index), total)
+                base = 0
+                for part, chunk in zip(parts, chunks, strict=True):
+                    here = (place >= base) & (place < base + chunk)
+                    self.use(part, turn[here] * chunk + place[here] - base, cut)
+                    base += chunk
+            case _:
+                for operand in expression.operands:
+                    self.use(operand, index, cut)
 
 
-def _covered(ranges: Mapping[tuple[int, int], _Rows], width: int) -> tuple[_Rows, _Rows]:
-    """For each row, how often its least used and its most used column is used."""
-    edges = sorted({edge for pair in ranges for edge in pair} | {0, width})
-    used = []
-    for left, right in zip(edges, edges[1:], strict=False):
-        inside = [rows for (low, high), rows in ranges.items() if low <= left and right <= high]
-        used.append(np.sum(inside, axis=0) if inside else np.zeros_like(next(iter(ranges.values()))))
-    return np.minimum.reduce(used), np.maximum.reduce(used)
+def _array(index: _Index) -> _Rows:
+    return np.arange(index.start, index.stop) if isinstance(index, range) else index
+
+
+def _shifted(index: _Index, by: int) -> _Index:
+    return range(index.start + by, index.stop + by) if isinstance(index, range) else index + by
+
+
+def _inside(index: _Index, low: int, high: int) -> _Index:
+    if isinstance(index, range):
+        return range(max(index.start, low), max(min(index.stop, high), max(index.start, low)))
+    return index[(index >= low) & (index < high)]
+
+
+def _blocks(index: _Index, height: int) -> _Index:
+    if isinstance(index, range):
+        return range(index.start // height, -(-index.stop // height))
+    return np.unique(index // height)
 
 
 def account(
@@ -142,28 +205,24 @@ def account(
         ProofFailed: a row of the source goes nowhere, or an output byte is written never or twice.
     """
     used = used or {}
-    counts: _Counts = {}
-    whole: dict[str, int] = defaultdict(int)
+    account = _Account()
     filled = 0
     for output in plan.tensors:
-        if isinstance(output.expression, Stored):
-            whole[output.expression.tensor.name] += 1
-        else:
-            _usage(output.expression, np.arange(output.expression.rows), counts)
+        account.use(output.expression, range(output.expression.rows))
         filled += isinstance(output.expression, Fill)
     repeated: dict[str, int] = {}
     for name, tensor in source.items():
-        least, most = whole[name], whole[name]
-        if name in counts and tensor.shape and 0 not in tensor.shape:
-            fewest, often = _covered(counts[name], tensor.shape[1] if len(tensor.shape) > 1 else 1)
-            kept = fewest[: used[name]] if name in used else fewest
-            least, most = least + int(kept.min(initial=most + 1)), most + int(often.max())
-        if tensor.shape and 0 in tensor.shape:
+        if 0 in tensor.shape:
             continue
+        least = most = 0
+        if name in account.used:
+            least, most = account.used[name].extremes(used.get(name))
+        if name in account.scales:  # used, however many cuts share a block
+            least, most = max(least, min(1, account.scales[name].extremes()[0])), max(most, 1)
         if name in dropped:
             if most:
                 raise ProofFailed(f"`{name}` is dropped ({dropped[name]}) and used as well")
-        elif least == 0:
+        elif least == 0 and used.get(name) != 0:
             raise ProofFailed(f"rows of `{name}` go nowhere and no rule drops them")
         elif most > 1:
             repeated[name] = most
