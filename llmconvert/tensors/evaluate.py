@@ -137,10 +137,7 @@ def _arithmetic(expression: Expression, operand: Expression, block: Block) -> Bl
             result = value.to(getattr(torch, TO_NAME[expression.dtype]))
             infinite = result.isinf() if ITEMSIZE[expression.dtype] == 2 else None
             if infinite is not None and bool(infinite.any()) and bool((infinite & ~value.isinf()).any()):
-                raise Refused(
-                    f"values of {_origin(operand)} overflow to infinity in {TO_NAME[expression.dtype]}",
-                    hint="use `--dtype bfloat16` or `--dtype float32`",
-                )
+                raise _overflow(operand, expression.dtype)
     return _from_torch(result, expression.dtype)
 
 
@@ -151,11 +148,14 @@ def _e4m3(block: Block) -> torch.Tensor:
     """
     import torch
 
-    bits = torch.from_numpy(np.ascontiguousarray(block).view(np.int8))
-    wide = bits.to(torch.int16)
-    value = ((wide & 0x7F) << 7 | (wide & -0x8000)).view(torch.float16).float()
-    nan = (wide & 0x7F) == 0x7F
-    return value.masked_fill_(nan, math.nan) if bool(nan.any()) else value
+    contiguous = np.ascontiguousarray(block)
+    wide = torch.from_numpy(contiguous.view(np.int8)).to(torch.int16)
+    # The sign came along when the byte was widened: it is in every bit from 7 on, and two of them stay.
+    value = wide.bitwise_left_shift_(7).bitwise_and_(-0x4001).view(torch.float16).float()
+    magnitude = contiguous & 0x7F
+    if magnitude.size and magnitude.max() == 0x7F:
+        value.masked_fill_(torch.from_numpy(magnitude == 0x7F), math.nan)
+    return value
 
 
 def _scales(block: Block, dtype: str) -> torch.Tensor:
@@ -182,11 +182,30 @@ def _bands(
         yield slice(low - start, high - start), row
 
 
-def _dequantized(expression: Dequantize, start: int, stop: int, reader: Reader) -> Block:
-    value = _e4m3(evaluate(expression.operand, start, stop, reader))
+def _dequantized(expression: Dequantize, dtype: str, start: int, stop: int, reader: Reader) -> Block:
+    """Rows of a dequantised matrix, rounded once to `dtype`.
+
+    Raises:
+        Refused: they overflow to infinity.
+    """
+    import torch
+
+    value, largest = _e4m3(evaluate(expression.operand, start, stop, reader)), 0.0
     for band, scales in _bands(expression, start, stop, reader):
         value[band] *= scales * 256.0  # exact: a power of two
-    return _from_torch(value, "F32")
+        largest = max(largest, float(scales.abs().max()))
+    kind = getattr(torch, TO_NAME[dtype])
+    result = value.to(kind)
+    if largest * LARGEST_E4M3 > torch.finfo(kind).max and bool((result.isinf() & ~value.isinf()).any()):
+        raise _overflow(expression, dtype)
+    return _from_torch(result, dtype)
+
+
+def _overflow(expression: Expression, dtype: str) -> Refused:
+    return Refused(
+        f"values of {_origin(expression)} overflow to infinity in {TO_NAME[dtype]}",
+        hint="use `--dtype bfloat16` or `--dtype float32`",
+    )
 
 
 def _quantized(expression: Quantize, start: int, stop: int, reader: Reader) -> Block:
@@ -300,7 +319,9 @@ def evaluate(expression: Expression, start: int, stop: int, reader: Reader) -> B
                 torch.full(shape, value, dtype=getattr(torch, TO_NAME[expression.dtype])), expression.dtype
             )
         case Dequantize():
-            return _dequantized(expression, start, stop, reader)
+            return _dequantized(expression, "F32", start, stop, reader)
+        case Cast(operand=Dequantize() as quantised, dtype=dtype):
+            return _dequantized(quantised, dtype, start, stop, reader)
         case Quantize():
             return _quantized(expression, start, stop, reader)
         case BlockScales():
