@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,6 @@ from bench import (
     ROOT,
     TOOL,
     V3_CONFIG,
-    Row,
     Tensors,
     deepseek_v3,
     measure,
@@ -124,101 +124,125 @@ def moe_checkpoint(
     return write(directory, tensors, config, max(2, round(gigabytes)))
 
 
-def in_turns(
-    commands: dict[str, tuple[list[str], Path | None]], warm: Path, scratch: Path, repeats: int
-) -> dict[str, Row]:
-    """Run the commands in turn, each after a `cp` that puts the same amount of memory at hand."""
-    rows, copied = {name: Row() for name in commands}, scratch / "warm"
-    for _ in range(repeats):
-        for name, (command, output) in commands.items():
-            measure(["cp", "-r", str(warm), str(copied)])
-            shutil.rmtree(copied)
-            os.sync()
-            rows[name].runs.append(measure(command))
-            if output is not None:
-                shutil.rmtree(output)
-    return rows
+WRITER = """
+import json, shutil, subprocess, sys, time
+from pathlib import Path
+source, output, copy, job, turns = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]), int(sys.argv[5])
+kind, options = job.pop("kind"), job
+started = time.perf_counter()
+if kind == "convert":
+    from llmconvert.converters.planning import plan_conversion
+    plan = plan_conversion(source, **options).plan
+elif kind == "split":
+    from llmconvert.converters.megatron.grid import Grid
+    from llmconvert.converters.megatron.split import plan_split
+    plan = plan_split(source, Grid(**options.pop("grid", {})), **options).plan
+elif kind == "merge":
+    from llmconvert.converters.megatron.merge import open_model, plan_merge
+    plan = plan_merge(open_model(source)).plan
+from llmconvert.engine.execute import Executor
+from llmconvert.engine.journal import Workspace
+from llmconvert.tensors.expressions import computes
+if any(computes(tensor.expression) for tensor in plan.tensors):
+    import torch
+begun = time.perf_counter() - started
+pairs = []
+for turn in range(turns + 1):
+    copied = str(output) + "-copied"
+    mark = time.perf_counter()
+    subprocess.run(["cp", "-r", copy, copied], check=True)
+    copying = time.perf_counter() - mark
+    shutil.rmtree(copied)
+    space = Workspace(output, plan.identity, resume=False, restart=True)
+    executor = Executor(plan, space, 2, lambda count: None)
+    mark = time.perf_counter()
+    executor.prepare()
+    executor.finish(executor.run(0, 1))
+    pairs.append((copying, time.perf_counter() - mark))
+    space.close()
+    shutil.rmtree(space.path)
+print(json.dumps([begun, pairs[1:]]))
+"""
+"""Write one output again and again by the executor, each time after a timed `cp`: in one process, since this kind of
+virtual machine gives freed memory back to its host within seconds, and getting it again costs several times a copy."""
+
+Job = tuple[Path, dict[str, Any]]
 
 
-def show(rows: dict[str, Row], base: str, total: int) -> None:
-    """Print medians, ratios and memory."""
-    cells = [
-        (name, f"{row.seconds:.2f} s", f"{total / row.seconds / 1e9:.2f} GB/s", f"{row.ratio(rows[base]):.2f}",
-         f"{1 / row.ratio(rows[base]):.0%}", megabytes(row.peak), megabytes(max(run.anonymous for run in row.runs)))
-        for name, row in rows.items()
-    ]  # fmt: skip
-    table(("", "median", "speed", "x cp", "of cp's speed", "peak RSS", "peak anonymous"), cells)
+def writing(jobs: dict[str, Job], copy: Path, scratch: Path, repeats: int, total: int) -> None:
+    """Time each job beside `cp` of `copy`, and print medians, ratios and memory."""
+    cells = []
+    for name, (source, job) in jobs.items():
+        command = [
+            sys.executable,
+            "-c",
+            WRITER,
+            str(source),
+            str(scratch / "out"),
+            str(copy),
+            json.dumps(job),
+            str(repeats),
+        ]
+        run = measure(command)
+        begun, pairs = json.loads(run.output.strip().splitlines()[-1])
+        copying, mine = (statistics.median(pair[k] for pair in pairs) for k in (0, 1))
+        ratio = statistics.median(b / a for a, b in pairs)
+        cells.append((name, f"{mine:.2f} s", f"{total / mine / 1e9:.2f} GB/s", f"{copying:.2f} s", f"{ratio:.2f}",
+                      f"{1 / ratio:.0%}", megabytes(run.peak), megabytes(run.anonymous), f"{begun:.1f} s"))  # fmt: skip
+        os.sync()
+    table(
+        ("", "median", "speed", "cp -r", "x cp", "of cp's speed", "peak RSS", "peak anonymous", "start and plan"), cells
+    )
 
 
 def fp8(options: argparse.Namespace, scratch: Path) -> None:
     """FP8 to bfloat16, beside `cp` of what comes out."""
-    source, made, copied = scratch / "fp8", scratch / "bf16", scratch / "copied"
+    source, made = scratch / "fp8", scratch / "bf16"
     total = fp8_checkpoint(source, options.size)
-    common = ["--to", "deepseek_v3", "--no-sync", "--workers", "2", "--quiet"]
-    measure([*TOOL, "convert", str(source), str(made), "--verify", "none", *common])
+    measure(
+        [*TOOL, "convert", str(source), str(made), "--to", "deepseek_v3", "--verify", "none", "--no-sync", "--quiet"]
+    )
     written = sum(path.stat().st_size for path in made.glob("*.safetensors"))
-    again = scratch / "again"
-    convert = [*TOOL, "convert", str(source), str(again), *common, "--verify"]
-    commands = {
-        "cp -r of the output": (["cp", "-r", str(made), str(copied)], copied),
-        "convert --verify none": ([*convert, "none"], again),
-        "convert --verify weights": ([*convert, "weights"], again),
-        "convert --keep-fp8 --verify none": ([*convert, "none", "--keep-fp8"], again),
-    }
-    print(f"\nFP8 {total / 1e9:.2f} GB to bfloat16 {written / 1e9:.2f} GB")
-    show(in_turns(commands, made, scratch, options.repeats), "cp -r of the output", written)
+    convert = {"kind": "convert", "to": "deepseek_v3"}
+    jobs: dict[str, Job] = {
+        "FP8 to bfloat16": (source, convert),
+        "FP8 kept": (source, {**convert, "keep_fp8": True}), "bfloat16 to FP8": (made, {**convert, "dtype": "fp8-block128"}),
+    }  # fmt: skip
+    print(f"\nFP8 {total / 1e9:.2f} GB, bfloat16 {written / 1e9:.2f} GB", flush=True)
+    writing(jobs, made, scratch, options.repeats, written)
 
 
 def experts(options: argparse.Namespace, scratch: Path) -> None:
     """Split a mixture of experts and merge it."""
-    source, ranks, merged, copied = (scratch / name for name in ("moe", "ranks", "merged", "copied"))
+    source, ranks = scratch / "moe", scratch / "ranks"
     total = moe_checkpoint(source, options.size)
-    common = ["--verify", "none", "--no-sync", "--workers", "2", "--quiet"]
-    grid = ["--tp", "2", "--ep", "2", "--pp", "2"]
-    measure([*TOOL, "split", str(source), str(ranks), *grid, *common])
-    again = scratch / "again"
-    commands: dict[str, tuple[list[str], Path | None]] = {
-        "cp -r": (["cp", "-r", str(source), str(copied)], copied),
-        "split": ([*TOOL, "split", str(source), str(again), *grid, *common], again),
-        "split, ETP 1": ([*TOOL, "split", str(source), str(again), *grid, "--etp", "1", *common], again),
-        "split, torch_dist": ([*TOOL, "split", str(source), str(again), "--format", "torch_dist", *common], again),
-        "merge": ([*TOOL, "merge", str(ranks), str(merged), *common], merged),
-    }
-    print(f"\nmixture of experts, {total / 1e9:.2f} GB")
-    show(in_turns(commands, source, scratch, options.repeats), "cp -r", total)
+    grid = {"tp": 2, "ep": 2, "pp": 2}
+    flags = [text for key, value in grid.items() for text in (f"--{key}", str(value))]
+    measure([*TOOL, "split", str(source), str(ranks), *flags, "--verify", "none", "--no-sync", "--quiet"])
+    jobs: dict[str, Job] = {
+        "split": (source, {"kind": "split", "grid": grid}),
+        "split, ETP 1": (source, {"kind": "split", "grid": {**grid, "etp": 1}}),
+        "split, torch_dist": (source, {"kind": "split", "fmt": "torch_dist"}), "merge": (ranks, {"kind": "merge"}),
+    }  # fmt: skip
+    written = sum(path.stat().st_size for path in ranks.rglob("*.pt"))
+    print(f"\nmixture of experts, {total / 1e9:.2f} GB; its ranks {written / 1e9:.2f} GB", flush=True)
+    writing(jobs, source, scratch, options.repeats, total)
 
 
 def count(options: argparse.Namespace, scratch: Path) -> None:
     """The same bytes in more and more tensors."""
-    cells = []
     for layers, number in ((4, 80), (16, 208), (48, 694)):
-        source, copied, out = scratch / f"count-{number}", scratch / "copied", scratch / "out"
+        source = scratch / f"count-{number}"
         width = max(1, round((options.size * 1e9 / 2 / layers - 1.2e7) / (3 * 2048 * number)))
         total = moe_checkpoint(source, options.size, number, layers, width)
         tensors = len(json.loads((source / "model.safetensors.index.json").read_text())["weight_map"])
-        convert = [
-            *TOOL,
-            "convert",
-            str(source),
-            str(out),
-            "--to",
-            "qwen3_moe",
-            "--no-sync",
-            "--workers",
-            "2",
-            "--quiet",
-        ]
-        commands = {"cp": (["cp", "-r", str(source), str(copied)], copied),
-                    "none": ([*convert, "--verify", "none"], out), "weights": ([*convert, "--verify", "weights"], out)}  # fmt: skip
-        rows = in_turns(commands, source, scratch, options.repeats)
-        for verify in ("none", "weights"):
-            row = rows[verify]
-            cells.append((f"{tensors:,}", verify, f"{total / 1e9:.2f} GB", f"{row.seconds:.2f} s",
-                          f"{row.seconds / total * 1e9:.2f}", f"{row.ratio(rows['cp']):.2f}",
-                          f"{(row.seconds) / tensors * 1e6:.0f}", megabytes(row.peak)))  # fmt: skip
+        print(f"\n{tensors:,} tensors, {total / 1e9:.2f} GB", flush=True)
+        jobs: dict[str, Job] = {
+            "cp -r": (source, {"kind": "cp"}),
+            "convert": (source, {"kind": "convert", "to": "qwen3_moe"}),
+        }
+        writing(jobs, source, scratch, options.repeats, total)
         shutil.rmtree(source)
-    print()
-    table(("tensors", "verify", "size", "median", "s/GB", "x cp", "us/tensor", "peak RSS"), cells)
 
 
 def plan(options: argparse.Namespace, scratch: Path) -> None:

@@ -142,6 +142,9 @@ def _by_layout(num_layers: int, grid: Grid, further: int) -> list[int]:
     if len(stages) != grid.pp * grid.vpp:
         raise Usage(f"the layout has {len(stages)} stages, --pp {grid.pp} --vpp {grid.vpp} make {grid.pp * grid.vpp}")
     counts = [stage.count("t") for stage in stages]
+    if further and not counts[-1]:
+        # megatron-core leaves the final norm with the decoder's last layer then, away from the head.
+        raise Usage("the last stage needs a layer of the decoder beside those that predict further tokens")
     if sum(counts) != num_layers:
         raise Usage(f"the layout has {sum(counts)} layers, the model {num_layers}")
     return counts

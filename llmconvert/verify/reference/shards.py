@@ -58,7 +58,9 @@ class Shards:
             if tuple(found.shape) not in shapes:
                 wanted = " or ".join(str(shape) for shape in shapes)
                 raise BadInput(f"`{name}` is {tuple(found.shape)}, not {wanted}", where=_where(chunk, tp_rank, ep_rank))
-            return found.to(self.device, self.dtype)
+            # The routing bias of DeepSeek-V3 stays as it is: it decides by differences 16 bits do not hold.
+            wide = name.endswith("expert_bias") and self.dtype in (torch.bfloat16, torch.float16)
+            return found.to(self.device, found.dtype if wide else self.dtype)
         raise BadInput(f"the shard has no `{spellings[0]}`", where=_where(chunk, tp_rank, ep_rank))
 
     def _copies(
