@@ -238,7 +238,6 @@ def count(options: argparse.Namespace, scratch: Path) -> None:
         tensors = len(json.loads((source / "model.safetensors.index.json").read_text())["weight_map"])
         print(f"\n{tensors:,} tensors, {total / 1e9:.2f} GB", flush=True)
         jobs: dict[str, Job] = {
-            "cp -r": (source, {"kind": "cp"}),
             "convert": (source, {"kind": "convert", "to": "qwen3_moe"}),
         }
         writing(jobs, source, scratch, options.repeats, total)

@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from itertools import islice
@@ -70,6 +70,23 @@ class _Hasher:
 
     def hexdigest(self) -> str:
         return self._hasher.hexdigest() + (f"{_CRC}{self._crc:08x}" if self._crc is not None else "")
+
+
+_BATCH_BYTES = 16 * 1024 * 1024
+
+
+def _batches(regions: Iterable[Region]) -> Iterator[list[Region]]:
+    """Consecutive regions of about `_BATCH_BYTES` together: a hundred thousand small tensors are not as many jobs."""
+    batch: list[Region] = []
+    size = 0
+    for region in regions:
+        batch.append(region)
+        size += region.nbytes
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 class Executor:
@@ -173,10 +190,10 @@ class Executor:
         checksums: dict[str, str] = {}
         with ThreadPoolExecutor(self.workers) as pool:
             share = islice(self.plan.regions(), rank, None, size)
-            futures = {pool.submit(self._region, region): region for region in share}
+            futures = [pool.submit(self._batch, batch) for batch in _batches(share)]
             try:
                 for future in as_completed(futures):
-                    checksums[futures[future].key] = future.result()
+                    checksums |= future.result()
             except BaseException as error:
                 self.stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -206,6 +223,9 @@ class Executor:
             self._buffers.data = bytearray(MOVE_BYTES)
         data: bytearray = self._buffers.data
         return data
+
+    def _batch(self, batch: list[Region]) -> dict[str, str]:
+        return {region.key: self._region(region) for region in batch}
 
     def _region(self, region: Region) -> str:
         recorded = self.workspace.done.get(region.key)

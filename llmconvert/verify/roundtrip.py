@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -158,17 +159,19 @@ def failing(checks: Sequence[Check]) -> list[str]:
     Returns:
         One line for each that does not hold: the tensor and what rested on it.
     """
-    faults = []
-    with Reader() as reader:
-        for check in checks:
-            step = max(1, MOVE_BYTES // max(1, check.left.row_bytes))
-            for low in range(0, check.left.rows, step):
-                high = min(low + step, check.left.rows)
-                left, right = (evaluate(e, low, high, reader) for e in (check.left, check.right))
-                if not np.array_equal(left, right) and not _both_zero(left, right, check.left.dtype):
-                    faults.append(f"`{check.name}`: {check.why}")
-                    break
-    return faults
+    with Reader() as reader, ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+        held = pool.map(lambda check: _holds(check, reader), checks)
+        return [f"`{check.name}`: {check.why}" for check, holds in zip(checks, held, strict=True) if not holds]
+
+
+def _holds(check: Check, reader: Reader) -> bool:
+    step = max(1, MOVE_BYTES // max(1, check.left.row_bytes))
+    for low in range(0, check.left.rows, step):
+        high = min(low + step, check.left.rows)
+        left, right = (evaluate(e, low, high, reader) for e in (check.left, check.right))
+        if not np.array_equal(left, right) and not _both_zero(left, right, check.left.dtype):
+            return False
+    return True
 
 
 def _both_zero(left: Block, right: Block, dtype: str) -> bool:
