@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.canonical.lowerings import lower
-from llmconvert.canonical.model import traits
+from llmconvert.canonical.model import CanonicalConfig, traits
 from llmconvert.checkpoint.directory import open_checkpoint
 from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
@@ -25,6 +25,16 @@ _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings", "rope_theta", "rotary_dim",
 )  # fmt: skip
+_LARGE_SIZES = (
+    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "kv_lora_rank",
+    "q_lora_rank", "qk_nope_head_dim", "v_head_dim", "num_nextn_predict_layers",
+)  # fmt: skip
+
+
+def _sizes(config: CanonicalConfig) -> dict[str, Any]:
+    """What a model measures, and, where it has them, its experts and latents."""
+    large = {key: getattr(config, key) for key in _LARGE_SIZES}
+    return {key: getattr(config, key) for key in _SIZES} | {key: value for key, value in large.items() if value}
 
 
 def _inspect_megatron(directory: Path) -> dict[str, Any]:
@@ -52,7 +62,7 @@ def _inspect_megatron(directory: Path) -> dict[str, Any]:
     }
     try:
         opened = open_model(directory, trust_pickle=True)
-        result["config"] = {key: getattr(opened.config, key) for key in _SIZES}
+        result["config"] = _sizes(opened.config)
         result["traits"] = sorted(traits(opened.config))
         result["title"] += f", {opened.transformer_impl} names"
     except LlmconvertError as error:
@@ -108,7 +118,7 @@ def inspect(source: str | os.PathLike[str], *, spec_file: Path | None = None) ->
         config = read_config(spec, checkpoint.config, checkpoint.tensors)
         held = traits(config)
         result["traits"] = sorted(held)
-        result["config"] = {key: getattr(config, key) for key in _SIZES}
+        result["config"] = _sizes(config)
         lifted = lift(spec, checkpoint, config)
         result["notes"] += lifted.notes
         result["dropped"] = lifted.dropped

@@ -34,6 +34,7 @@ from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.spec.dialect import Lifted, lift, read_config
 from llmconvert.spec.fused import unfused
 from llmconvert.spec.language import Spec
+from llmconvert.spec.quantised import FP8
 from llmconvert.spec.registry import registry
 from llmconvert.tensors.expressions import cast
 from llmconvert.verify.ledger import Ledger, account
@@ -168,6 +169,9 @@ def plan_split(
     )
     ledger = account(plan, checkpoint.tensors, lifted.dropped | checked_away(model))
     notes = lifted.notes + extra.notes + arguments.departures(model.config)
+    eight = sum(tensor.dtype == FP8 for tensor in checkpoint.tensors.values())
+    if eight:
+        notes += (f"{eight} FP8 tensors are dequantised in float32 and rounded once",)
     if padded != model.config.vocab_size:
         rows = f"{padded - model.config.vocab_size} rows of zeros"
         notes += (f"the vocabulary of {model.config.vocab_size} is padded to {padded} with {rows}",)

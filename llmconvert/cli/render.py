@@ -176,7 +176,7 @@ def inspection(found: dict[str, Any]) -> str:
         perhaps = [name for name, verdict in verdicts.items() if verdict.startswith("if: ")]
         lines.append("  converts to   " + (", ".join(yes) or "nothing"))
         if perhaps:
-            lines.append(f"  if zero       {', '.join(perhaps)} (only if the biases they lack are zero)")
+            lines.append(f"  perhaps       {', '.join(perhaps)} (if what they leave out is zero, or a copy)")
         if verdicts.get("llama", "yes") != "yes":
             lines.append(f"  not to llama  {verdicts['llama']}")
     lines += [f"  note          {note}" for note in found["notes"]]
