@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
+from test_megatron_oracle import LATENT
 
 from llmconvert.converters.equality import EQUAL, compare_weights
 from llmconvert.converters.megatron import grid as grids
@@ -202,19 +203,10 @@ _MIXTURE = oracle.Model(
     num_layers=3, add_qkv_bias=True, num_experts=6, moe_ffn_hidden_size=40, moe_router_topk=3,
     moe_router_pre_softmax=True, moe_shared_expert_intermediate_size=56, moe_shared_expert_gate=True,
 )  # fmt: skip
-_LATENT = oracle.Model(
-    num_layers=3, qk_layernorm=True, num_experts=8, moe_ffn_hidden_size=40, moe_router_topk=4,
-    moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_topk_scaling_factor=2.5,
-    moe_router_num_groups=4, moe_router_group_topk=2, moe_shared_expert_intermediate_size=80, moe_layer_freq=(0, 1, 1),
-    mtp_num_layers=1, multi_latent_attention=True, q_lora_rank=24, kv_lora_rank=20, qk_head_dim=12,
-    qk_pos_emb_head_dim=8, v_head_dim=10, norm_epsilon=1e-6,
-)  # fmt: skip
 
 
 @needs_megatron
-@pytest.mark.parametrize(
-    ("model", "to"), [(_MIXTURE, "qwen2_moe"), (_LATENT, "deepseek_v3")], ids=["mixture", "latent"]
-)
+@pytest.mark.parametrize(("model", "to"), [(_MIXTURE, "qwen2_moe"), (LATENT, "deepseek_v3")], ids=["mixture", "latent"])
 def test_what_megatron_core_saves_of_large_models_merges(model: oracle.Model, to: str, tmp_path: Path) -> None:
     """Expert ranks, their tensor ranks, stacked layers, layers apart, halves apart: one random model."""
     ids, etp1 = ranks.input_ids(), oracle.Grid(tp=2, ep=2, etp=1)
