@@ -11,7 +11,7 @@ from typing import Any
 
 from llmconvert.converters.proofs import LOGITS, NONE, Proving, require_logits, write_record
 from llmconvert.engine import manifest
-from llmconvert.engine.execute import Executor, check_space
+from llmconvert.engine.execute import Executor, Interrupted, check_space
 from llmconvert.engine.journal import Workspace
 from llmconvert.engine.plan import Plan
 from llmconvert.engine.processes import leave, rank, size, together
@@ -107,6 +107,13 @@ def run(
         done = together(prove_and_publish)[0]
         assert done is not None
         return done
+    except KeyboardInterrupt:
+        # Wherever it strikes: between two regions, or between writing and proving.
+        raise Interrupted(
+            "stopped; what is written is kept",
+            where=str(spaces[0].path) if spaces else str(destination),
+            hint="repeat the command with `--resume` to go on",
+        ) from None
     finally:
         for space in spaces:
             space.close()

@@ -72,8 +72,9 @@ def _apart(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 ALL = {**ranks.CASES, **ranks.LARGE_CASES}
 # Their rank files are compared byte by byte with those written by hand, which megatron-core loads: one grid each here.
-LOADED = {**ranks.CASES, **{name: case for name, case in ranks.LARGE_CASES.items() if not name.endswith(("tp1", "tp2", "_ep2"))},
-          **{f"{model}_pp2_ep2": ranks.LARGE_CASES[f"{model}_pp2_ep2"] for model in ("qwen2_moe", "mixtral", "deepseek_v3")}}  # fmt: skip
+LOADED = {**ranks.CASES, **{name: case for name, case in ranks.LARGE_CASES.items() if not name.endswith(("tp1", "_tp2", "_ep2"))},
+          **{name: ranks.LARGE_CASES[name] for name in (
+              "qwen2_moe_pp2_ep2", "mixtral_pp2_ep2", "deepseek_v3_pp2_ep2", "deepseek_v3_tp2_ep2_etp1")}}  # fmt: skip
 TARGETS = {
     "qwen2": "qwen2", "qwen2_tied": "qwen2", "qwen3": "qwen3", "glm": "glm", "mixtral": "mixtral", "qwen2_moe": "qwen2_moe",
     **{name: name.removeprefix("megatron_") for name in checkpoints.LARGE},

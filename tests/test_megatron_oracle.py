@@ -22,9 +22,15 @@ def relative(found: np.ndarray | Failed, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
-@pytest.mark.parametrize(
-    ("cases", "controls"), [(ranks.CASES, ranks.CONTROLS), (ranks.LARGE_CASES, ranks.LARGE_CONTROLS)]
-)
+# What TP, EP and PP do alone shows where they come together.
+_LARGE_CASES = {
+    name: case
+    for name, case in ranks.LARGE_CASES.items()
+    if case.grid.size > 2 or not name.endswith(("_tp1", "_tp2", "_ep2"))
+}
+
+
+@pytest.mark.parametrize(("cases", "controls"), [(ranks.CASES, ranks.CONTROLS), (_LARGE_CASES, ranks.LARGE_CONTROLS)])
 def test_hand_written_ranks_give_the_logits_of_transformers(
     cases: dict[str, ranks.Case], controls: dict[str, ranks.Case], tmp_path: Path
 ) -> None:

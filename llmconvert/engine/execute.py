@@ -194,15 +194,9 @@ class Executor:
             try:
                 for future in as_completed(futures):
                     checksums |= future.result()
-            except BaseException as error:
+            except BaseException:
                 self.stop.set()
                 pool.shutdown(wait=True, cancel_futures=True)
-                if isinstance(error, KeyboardInterrupt):
-                    raise Interrupted(
-                        "stopped; what is written is kept",
-                        where=str(self.workspace.path),
-                        hint="repeat the command with `--resume` to go on",
-                    ) from None
                 raise
         return checksums
 
