@@ -42,6 +42,8 @@ _SIZES = {"num_experts": "moe", "kv_lora_rank": "mla"}
 
 def certain_traits(spec: Spec) -> frozenset[str]:
     """Traits every checkpoint of an architecture has, because its code fixes them."""
+    if spec.family == "canonical":
+        return frozenset()
     names = {
         "qkv_bias": "qkv_bias", "o_bias": "o_bias", "mlp_bias": "mlp_bias", "rotary_interleaved": "interleaved_rotary",
         "qk_norm": "qk_norm", "unit_offset_norm": "unit_offset_norm", "alibi": "alibi", "router_bias": "router_bias",

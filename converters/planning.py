@@ -8,6 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,8 @@ def plan_conversion(
             "weight_map": {output.name: output.file for output in outputs},
         }
         texts[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    for name in target.code:
+        texts[name] = (resources.files("llmconvert") / "models" / name).read_bytes()
     extra: Companions = companions(checkpoint)
     own_file = known.files[spec.name]
     summary = {

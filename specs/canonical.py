@@ -4,7 +4,7 @@ Its config.json states each attribute of `llmconvert.canonical.model.CanonicalCo
 """
 
 from llmconvert.canonical.model import TRAITS
-from llmconvert.spec.language import Field, Spec
+from llmconvert.spec.language import Field, Spec, Window
 
 SPEC = Spec(
     name="canonical",
@@ -54,7 +54,18 @@ SPEC = Spec(
         Field("qk_rope_head_dim", "qk_rope_head_dim", default=0),
         Field("v_head_dim", "v_head_dim", default=0),
         Field("num_nextn_predict_layers", "num_nextn_predict_layers", default=0),
-        Field("sliding_window", "sliding_window", default=None),
+        Field("attn_logit_softcapping", "attn_logit_softcapping", default=None),
+        Field("final_logit_softcapping", "final_logit_softcapping", default=None),
+        Window(),
     ),
+    constants={
+        "auto_map": {
+            "AutoConfig": "modeling_canonical.CanonicalModelConfig",
+            "AutoModel": "modeling_canonical.CanonicalModel",
+            "AutoModelForCausalLM": "modeling_canonical.CanonicalForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_canonical.CanonicalForRewardModel",
+        }
+    },
+    code=("modeling_canonical.py",),
     holds=frozenset(TRAITS) - {"mtp_copies"},
 )

@@ -20,6 +20,6 @@ SPEC = Spec(
         Fixed("unit_offset_norm embedding_multiplier_rounded", True),
         Fixed("qkv_bias o_bias mlp_bias", False, keys=("attention_bias",)),
     ),
-    target=False,
-    not_target="its embedding scale and 1 + weight norms can only be undone with rounding, and its activation is GELU",
+    holds=frozenset({"tied_embeddings", "grouped_query", "explicit_head_dim", "activation"}),
+    always=frozenset({"unit_offset_norm", "rounded_embedding_multiplier"}),
 )  # fmt: skip

@@ -33,7 +33,9 @@ SPEC = Spec(
     ),
     drops=(),
     ignores=("router_jitter_noise",),
-    holds=frozenset({"moe", "tied_embeddings", "grouped_query", "rope_scaling", "explicit_head_dim", "activation"}),
+    holds=frozenset(
+        {"moe", "tied_embeddings", "grouped_query", "rope_scaling", "explicit_head_dim", "activation", "sliding_window"}
+    ),
     always=frozenset({"moe"}),
     default_target=False,
 )

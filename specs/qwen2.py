@@ -15,7 +15,7 @@ SPEC = Spec(
         Field("max_position_embeddings", "max_position_embeddings", default=32768),
         Fixed("qkv_bias", True),
         Fixed("o_bias mlp_bias", False),
-        Window(switch="use_sliding_window", from_layer="max_window_layers", default=4096),
+        Window(switch="use_sliding_window", from_layer="max_window_layers", first=28, default=4096),
     ),
     holds=frozenset(
         {
@@ -26,6 +26,8 @@ SPEC = Spec(
             "padded_rotary",
             "explicit_head_dim",
             "activation",
+            "sliding_window",
+            "mixed_attention",
         }
     ),
     always=frozenset({"qkv_bias"}),

@@ -23,7 +23,7 @@ SPEC = Spec(
         Fixed("shared_expert_gate", True),
         Field("qkv_bias", "qkv_bias", default=True),
         Fixed("o_bias mlp_bias", False),
-        Window(switch="use_sliding_window", from_layer="max_window_layers", default=4096),
+        Window(switch="use_sliding_window", from_layer="max_window_layers", first=28, default=4096),
     ),
     weights=(
         row(LAYER + "mlp.shared_expert.gate_proj.{p}", SHARED_GATE),
@@ -32,7 +32,7 @@ SPEC = Spec(
     ),
     holds=frozenset(
         {"moe", "dense_layers", "shared_experts", "shared_expert_gate", "qkv_bias", "tied_embeddings", "grouped_query",
-         "rope_scaling", "explicit_head_dim", "activation"}
+         "rope_scaling", "explicit_head_dim", "activation", "sliding_window", "mixed_attention"}
     ),
     always=frozenset({"moe", "shared_experts", "shared_expert_gate"}),
     default_target=False,

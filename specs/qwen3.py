@@ -18,11 +18,11 @@ SPEC = Spec(
         Field("qkv_bias o_bias", "attention_bias", default=False),
         Fixed("mlp_bias", False),
         Fixed("qk_norm", True),
-        Window(switch="use_sliding_window", from_layer="max_window_layers", default=4096),
+        Window(switch="use_sliding_window", from_layer="max_window_layers", first=28, default=4096),
     ),
     holds=frozenset(
         {"qkv_bias", "o_bias", "tied_embeddings", "grouped_query", "rope_scaling", "explicit_head_dim", "activation",
-         "qk_norm"}
+         "qk_norm", "sliding_window", "mixed_attention"}
     ),
     always=frozenset({"qk_norm"}),
     coupled=(("qkv_bias", "o_bias"),),

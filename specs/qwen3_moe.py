@@ -27,7 +27,7 @@ SPEC = Spec(
     ),
     holds=frozenset(
         {"moe", "dense_layers", "qkv_bias", "o_bias", "tied_embeddings", "grouped_query", "rope_scaling",
-         "explicit_head_dim", "activation", "qk_norm"}
+         "explicit_head_dim", "activation", "qk_norm", "sliding_window"}
     ),
     always=frozenset({"moe", "qk_norm"}),
     coupled=(("qkv_bias", "o_bias"),),

@@ -13,7 +13,6 @@ REFUSALS = (
     Refusal("ERNIE 4.5 MoE", ("ernie4_5_moe",), ("Ernie4_5_MoeForCausalLM",), trait="moe"),
     Refusal("GPT-OSS", ("gpt_oss",), ("GptOssForCausalLM",), trait="moe"),
     Refusal("Granite MoE", ("granitemoe",), ("GraniteMoeForCausalLM",), trait="moe"),
-    Refusal("Gemma 2", ("gemma2",), ("Gemma2ForCausalLM",), trait="branch_output_norm"),
     Refusal("Gemma 3", ("gemma3", "gemma3_text"), ("Gemma3ForCausalLM",), trait="branch_output_norm"),
     Refusal("OLMo 2", ("olmo2",), ("Olmo2ForCausalLM",), trait="branch_output_norm"),
     Refusal("Hunyuan", ("hunyuan_v1_dense",), ("HunYuanDenseV1ForCausalLM",), trait="qk_norm"),

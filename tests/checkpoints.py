@@ -56,6 +56,8 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3_longrope": ("Phi3Config", {"original_max_position_embeddings": 64, "rope_scaling": {
         "type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 2.0, 3.0, 5.0]}}),
     "gemma": ("GemmaConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 9, "sliding_window": 7,
+                                "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}),
     "granite": ("GraniteConfig", {"embedding_multiplier": 3.0, "residual_multiplier": 0.3, "logits_scaling": 7.0,
                                   "attention_multiplier": 0.2, **TIED}),
     "seed_oss": ("SeedOssConfig", {"head_dim": 16}),

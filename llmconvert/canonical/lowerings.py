@@ -68,7 +68,10 @@ _FOLD_NORM_HEAD = Step(
     lossy=(canonical.HEAD,),
 )
 
-_NORMS = (canonical.INPUT_NORM, canonical.POST_NORM, canonical.NORM)
+_NORMS = (
+    canonical.INPUT_NORM, canonical.POST_NORM, canonical.POST_ATTENTION_NORM, canonical.POST_MLP_NORM,
+    canonical.Q_NORM, canonical.K_NORM, canonical.NORM,
+)  # fmt: skip
 
 _FOLD_UNIT_OFFSET = Step(
     "add one to norm weights",
@@ -88,12 +91,12 @@ _FOLD_UNIT_OFFSET = Step(
 def _scaling(
     name: str,
     why: str,
-    modules: tuple[str, ...],
+    modules: Callable[[CanonicalConfig], tuple[str, ...]],
     factor: Callable[[CanonicalConfig], float],
     neutral: dict[str, float | None],
 ) -> Step:
     def by(model: CanonicalModel, value: float) -> dict[str, Expression]:
-        return edit(model, modules, rounded(lambda e: scale(e, value)))
+        return edit(model, modules(model.config), rounded(lambda e: scale(e, value)))
 
     return Step(
         name,
@@ -104,9 +107,19 @@ def _scaling(
     )
 
 
+def _branch_ends(c: CanonicalConfig) -> tuple[str, ...]:
+    if c.branch_output_norm:
+        return canonical.POST_ATTENTION_NORM, canonical.POST_MLP_NORM
+    return canonical.O, canonical.DOWN, canonical.EXPERT_DOWN, canonical.SHARED_DOWN
+
+
+def _query_ends(c: CanonicalConfig) -> tuple[str, ...]:
+    return (canonical.Q_NORM,) if c.qk_norm else (canonical.Q, canonical.Q_B)
+
+
 _FOLD_EMBEDDING = _scaling(
     "multiply embeddings by their constant", "the first thing done to an embedding is that product",
-    (canonical.EMBED,), lambda c: c.embedding_multiplier, {"embedding_multiplier": 1.0},
+    lambda c: (canonical.EMBED,), lambda c: c.embedding_multiplier, {"embedding_multiplier": 1.0},
 )  # fmt: skip
 
 
@@ -127,15 +140,15 @@ _FOLD_ROUNDED_EMBEDDING = Step(
 )
 _FOLD_LOGITS = _scaling(
     "divide lm_head by logits_scaling", "(W/s)·x = (W·x)/s",
-    (canonical.HEAD,), lambda c: 1.0 / c.logits_scaling, {"logits_scaling": 1.0},
+    lambda c: (canonical.HEAD,), lambda c: 1.0 / c.logits_scaling, {"logits_scaling": 1.0},
 )  # fmt: skip
 _FOLD_RESIDUAL = _scaling(
-    "multiply o_proj and down_proj by residual_multiplier", "both are the last linear map of their branch",
-    (canonical.O, canonical.DOWN), lambda c: c.residual_multiplier, {"residual_multiplier": 1.0},
+    "multiply what ends each branch by residual_multiplier", "o_proj and down_proj are linear; so is a norm in its weight",
+    _branch_ends, lambda c: c.residual_multiplier, {"residual_multiplier": 1.0},
 )  # fmt: skip
 _FOLD_ATTENTION = _scaling(
-    "multiply q_proj by attention_multiplier·sqrt(head_dim)", "scores are linear in q; rotary keeps scalars",
-    (canonical.Q,), lambda c: (c.attention_multiplier or 1.0) * math.sqrt(c.head_dim), {"attention_multiplier": None},
+    "multiply queries by attention_multiplier·sqrt(head_dim)", "scores are linear in q; rotary keeps scalars",
+    _query_ends, lambda c: (c.attention_multiplier or 1.0) * math.sqrt(c.head_dim), {"attention_multiplier": None},
 )  # fmt: skip
 
 
@@ -246,6 +259,7 @@ _ADD_QK_NORM = Step(
 REMOVE: dict[str, Step] = {
     "mtp_copies": TAKE_COPIES,
     "shared_expert_gate": TAKE_SHARED_GATE,
+    "unit_offset_norm": _FOLD_UNIT_OFFSET,
     "norm_head": _FOLD_NORM_HEAD,
     "tied_embeddings": _UNTIE,
     "embedding_multiplier": _FOLD_EMBEDDING,
@@ -253,7 +267,6 @@ REMOVE: dict[str, Step] = {
     "logits_scaling": _FOLD_LOGITS,
     "residual_multiplier": _FOLD_RESIDUAL,
     "attention_multiplier": _FOLD_ATTENTION,
-    "unit_offset_norm": _FOLD_UNIT_OFFSET,
     "interleaved_rotary": DEINTERLEAVE,
     "partial_rotary": PAD,
     "padded_rotary": UNPAD,
@@ -330,7 +343,7 @@ def lower(
                     take(ADD[trait])
     window = model.config.sliding_window
     if window is not None and "sliding_window" not in holds:
-        model = replace(model, config=replace(model.config, sliding_window=None))
+        model = replace(model, config=replace(model.config, sliding_window=None, layer_types=None))
     return model, steps
 
 

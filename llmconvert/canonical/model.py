@@ -70,6 +70,8 @@ class CanonicalConfig:
         embedding_multiplier, residual_multiplier, logits_scaling: as in GraniteConfig; 1 in Llama.
         embedding_multiplier_rounded: the multiplier is rounded to the embeddings' dtype before it is used (Gemma).
         attention_multiplier: the softmax scale; None for head_dim ** -0.5.
+        attn_logit_softcapping: attention scores pass through cap · tanh(score / cap) (Gemma 2); None for none.
+        final_logit_softcapping: so do logits.
         alibi, qk_norm, branch_output_norm: what their names say in the literature.
         num_experts: routed experts of a layer that has them; 0 in a dense model.
         moe_layers: for each layer whether it has experts. Layers that predict further tokens are as the last.
@@ -89,6 +91,8 @@ class CanonicalConfig:
         num_nextn_predict_layers: layers after the last that predict further tokens (DeepSeek-V3, section 2.2).
         mtp_copies: they carry copies of the embedding and of the head.
         sliding_window: attention reaches this many tokens back; None for all.
+        layer_types: for each layer `sliding_attention` or `full_attention`, where not all are alike; else None, and
+            a window is every layer's.
         dtype: the dtype the config names, or None.
     """
 
@@ -118,6 +122,8 @@ class CanonicalConfig:
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     attention_multiplier: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
     qk_norm: bool = False
     alibi: bool = False
     branch_output_norm: bool = False
@@ -142,6 +148,7 @@ class CanonicalConfig:
     num_nextn_predict_layers: int = 0
     mtp_copies: bool = False
     sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
     dtype: str | None = None
 
     @property
@@ -224,9 +231,13 @@ TRAITS = {
         Trait("mtp_copies", "the layers that predict further tokens carry copies of the embedding and the head"),
         Trait("branch_output_norm", "RMSNorms on the outputs of attention and MLP",
               "they divide by a length that depends on the input", _KEEP),
+        Trait("attn_logit_softcapping", "attention scores are capped by a tanh", "no weights make up for a tanh", _KEEP),
+        Trait("final_logit_softcapping", "logits are capped by a tanh", "no weights make up for a tanh", _KEEP),
         Trait("sliding_window", "attention reaches only a window of past tokens, shorter than the context",
               "the target attends to all past tokens, so logits differ beyond the window",
               "if you only use contexts up to the window, set `max_position_embeddings` to it in a copy of config.json"),
+        Trait("mixed_attention", "the sliding window is some layers' only", "the target's layers all attend alike",
+              _KEEP, "sliding_window"),
     )
 }  # fmt: skip
 """Every trait, by name."""
@@ -235,6 +246,7 @@ TRAITS = {
 def traits(config: CanonicalConfig) -> frozenset[str]:
     """The names of the traits a config has."""
     window = config.sliding_window
+    windowed = window is not None and window < config.max_position_embeddings
     held = {
         "qkv_bias": config.qkv_bias,
         "o_bias": config.o_bias,
@@ -269,7 +281,10 @@ def traits(config: CanonicalConfig) -> frozenset[str]:
         "mtp": config.num_nextn_predict_layers > 0,
         "mtp_copies": config.num_nextn_predict_layers > 0 and config.mtp_copies,
         "branch_output_norm": config.branch_output_norm,
-        "sliding_window": window is not None and window < config.max_position_embeddings,
+        "attn_logit_softcapping": config.attn_logit_softcapping is not None,
+        "final_logit_softcapping": config.final_logit_softcapping is not None,
+        "sliding_window": windowed,
+        "mixed_attention": windowed and config.layer_types is not None,
     }
     return frozenset(name for name, present in held.items() if present)
 

@@ -28,6 +28,7 @@ class Field:
         only_if: a boolean key that must be true for `key` to count; otherwise the default holds.
         values: stored values with another canonical spelling.
         also: further keys the value is written under, and read from.
+        null: a key set to null means None, and only an absent one the default.
     """
 
     attribute: str
@@ -38,6 +39,7 @@ class Field:
     only_if: str | None = None
     values: tuple[tuple[str, str], ...] = ()
     also: tuple[str, ...] = ()
+    null: bool = False
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -61,6 +63,8 @@ class Field:
         if self.only_if is not None and not config.get(self.only_if):
             value = None
         if value is None:
+            if self.null and self.key in config:
+                return dict.fromkeys(self.attributes)
             if self.default is REQUIRED:
                 raise BadInput(f"the key `{self.key}` is missing", where="config.json")
             value = self.default
@@ -179,9 +183,17 @@ class SquareRoot:
 
 @dataclass(frozen=True)
 class SoftmaxScale:
-    """The factor on attention scores, under a key of its own; head_dim ** -0.5 is no departure from Llama."""
+    """The factor on attention scores, under a key of its own; head_dim ** -0.5 is no departure from Llama.
+
+    Attributes:
+        key: the key.
+        power: factor = value ** power.
+        default: the value where the key is absent (1: transformers' GraniteConfig).
+    """
 
     key: str
+    power: float = 1.0
+    default: float = 1.0
     attributes = ("attention_multiplier",)
 
     @property
@@ -190,23 +202,33 @@ class SoftmaxScale:
         return (self.key,)
 
     def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """The factor, or None where it is the usual one. An absent key means 1 (transformers' GraniteConfig)."""
-        value = float(config.get(self.key, 1.0))
+        """The factor, or None where it is the usual one."""
+        value = float(config.get(self.key, self.default)) ** self.power
         return {"attention_multiplier": None if math.isclose(value, done["head_dim"] ** -0.5, rel_tol=1e-9) else value}
 
     def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
         """The key, always."""
         usual = float(config.head_dim**-0.5)
-        return {self.key: usual if config.attention_multiplier is None else config.attention_multiplier}
+        value = (usual if config.attention_multiplier is None else config.attention_multiplier) ** (1 / self.power)
+        whole = self.power != 1.0 and math.isclose(value, round(value), rel_tol=1e-12)
+        return {self.key: round(value) if whole else value}
 
 
 @dataclass(frozen=True)
 class ByArchitecture:
-    """A boolean told by config.json's `architectures`: true for the names given, or where a key has a telling value."""
+    """A boolean told by config.json's `architectures`, or by the telling value of a key.
+
+    Attributes:
+        attribute: the canonical attribute.
+        name: the architecture for which it is true.
+        or_key: a key and the value for which it is true whatever the architecture.
+        unless_absent: a key without which the architecture's name tells nothing.
+    """
 
     attribute: str
-    names: tuple[str, ...]
-    or_key: tuple[str, Any] | None = None
+    name: str
+    or_key: tuple[str, Any]
+    unless_absent: str
     keys: tuple[str, ...] = ()
 
     @property
@@ -215,27 +237,32 @@ class ByArchitecture:
         return (self.attribute,)
 
     def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether the config names one of the architectures, or has the value."""
-        told = self.or_key is not None and config.get(self.or_key[0]) == self.or_key[1]
-        return {self.attribute: told or bool(set(config.get("architectures") or ()) & set(self.names))}
+        """Whether the config names the architecture, or has the value."""
+        named = config.get(self.unless_absent) is not None and self.name in (config.get("architectures") or ())
+        return {self.attribute: named or config.get(self.or_key[0]) == self.or_key[1]}
 
     def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """Nothing to write: the spec's own `architectures` says it.
+        """The architecture's name, where it is true.
 
         Raises:
-            Refused: the model has the trait, which is only written as False.
+            Refused: what is written would be read otherwise.
         """
-        if getattr(config, self.attribute):
-            raise Refused(f"{target} is not written with `{self.attribute}`")
-        return {}
+        value, key = getattr(config, self.attribute), self.or_key[0]
+        told = getattr(config, key) == self.or_key[1]
+        if told and not value:
+            raise Refused(f"{target} with `{key}` {self.or_key[1]} always has `{self.attribute}`")
+        if value and config.alibi and not told:
+            raise Refused(f"{target} with ALiBi has `{self.attribute}` for `{key}` {self.or_key[1]} alone")
+        return {"architectures": [self.name]} if value else {}
 
 
 @dataclass(frozen=True)
 class WithoutKey:
-    """A boolean that is true where a key is absent from the config."""
+    """A boolean that is true where a key is absent from the config, of an architecture of its own."""
 
     attribute: str
     absent: str
+    architecture: str
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -252,26 +279,32 @@ class WithoutKey:
         return {self.attribute: config.get(self.absent) is None}
 
     def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """Nothing to write: the key is another field's."""
-        return {}
+        """The key set to null and the architecture, where it is true; else nothing, the key being another field's."""
+        return {self.absent: None, "architectures": [self.architecture]} if getattr(config, self.attribute) else {}
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclass(frozen=True)
 class Window:
-    """The sliding attention window.
+    """The sliding attention window, and which layers have it.
 
     Attributes:
         key: the window's key.
         default: the window where the key is absent altogether (a key set to null means no window).
         switch: a boolean key without which the window is off.
-        from_layer: a key naming the first layer the window applies to.
+        from_layer: a key naming the first layer the window applies to, `first` where the key is absent.
+        alternates: it applies to every other layer, the first among them, where `layer_types` is absent (Gemma 2).
     """
 
     key: str = "sliding_window"
     default: int | None = None
     switch: str | None = None
     from_layer: str | None = None
-    attributes = ("sliding_window",)
+    first: int = 0
+    alternates: bool = False
+    attributes = ("sliding_window", "layer_types")
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -279,22 +312,41 @@ class Window:
         return tuple(key for key in (self.key, self.switch, self.from_layer, "layer_types") if key)
 
     def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """The window, or None where no layer has one."""
+        """The window, or None where no layer has one; and the layers' types where they differ.
+
+        Raises:
+            BadInput: `layer_types` does not name a known type for each layer.
+        """
         window = config.get(self.key, self.default)
         if self.switch and not config.get(self.switch):
             window = None
-        first = config.get(self.from_layer, 0) if self.from_layer else 0
-        layer_types = config.get("layer_types")
-        if isinstance(layer_types, list):
-            window = window if "sliding_attention" in layer_types else None
-        elif first >= done["num_hidden_layers"]:
-            window = None
-        return {"sliding_window": window}
+        layers = range(done["num_hidden_layers"])
+        types = config.get("layer_types")
+        if types is None:
+            first = config.get(self.from_layer, self.first) if self.from_layer else 0
+            types = [SLIDING if i >= first and not (self.alternates and i % 2) else FULL for i in layers]
+        elif len(types) != len(layers) or set(types) - {SLIDING, FULL}:
+            raise BadInput(
+                f"`layer_types` does not say of each of {len(layers)} layers that it is `{FULL}` or `{SLIDING}`",
+                where="config.json",
+            )
+        if window is None or SLIDING not in types:
+            return {"sliding_window": None, "layer_types": None}
+        return {"sliding_window": window, "layer_types": None if FULL not in types else tuple(types)}
 
     def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
         """The window's keys."""
-        window = config.sliding_window
-        return {self.key: window, **({self.switch: window is not None} if self.switch else {})}
+        window, types = config.sliding_window, config.layer_types
+        if types is None and (self.alternates or (self.from_layer and window is not None)):
+            types = (SLIDING if window is not None else FULL,) * config.num_hidden_layers
+        written: dict[str, Any] = {self.key: window}
+        if self.switch:
+            written[self.switch] = window is not None
+        if types:
+            written["layer_types"] = list(types)
+        if self.from_layer and types and FULL not in types[types.index(SLIDING) :]:
+            written[self.from_layer] = types.index(SLIDING)  # what releases of transformers before `layer_types` read
+        return written
 
 
 @dataclass(frozen=True)

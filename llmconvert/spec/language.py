@@ -112,6 +112,7 @@ class Spec:
         requires: keys that change the maths, with the only value the spec describes: another one is refused, an absent
             one means it; it is written too.
         constants: keys written with a fixed value.
+        code: modelling files of `llmconvert.models` put beside the weights, for those who have not installed it.
         ignores: keys its own code reads that change nothing a conversion must keep.
         notes: remarks for the report.
         source, target: whether it is read, and written.
@@ -133,6 +134,7 @@ class Spec:
     coupled: tuple[tuple[str, ...], ...] = ()
     requires: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
+    code: tuple[str, ...] = ()
     ignores: tuple[str, ...] = ()
     notes: tuple[Note, ...] = ()
     source: bool = True

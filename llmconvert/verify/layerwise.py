@@ -93,8 +93,10 @@ class LayerwiseModel:
         self._alias = {name: names for names in tied_names(self.module).values() for name in names}
         self._check_tied()
         self._load_buffers()
-        self.layers_name, self.layers = _find_layers(self.module, directory)
-        inside = {id(child) for layer in self.layers for child in layer.modules()}
+        self.layers_name, layers = _find_layers(self.module, directory)
+        inside = {id(child) for layer in layers for child in layer.modules()}
+        # Layers that predict further tokens stand after the others and are not run.
+        self.layers = layers[: getattr(getattr(self.module, "config", None), "num_hidden_layers", len(layers))]
         self._outside = [m for m in self.module.modules() if m._parameters and id(m) not in inside]
         self._names = {id(m): name for name, m in self.module.named_modules()}
         self._halves: dict[int, Halves | None] = {}

@@ -165,6 +165,14 @@ def _options(dtype: torch.dtype, attention: str) -> dict[str, Any]:
     return {"dtype" if _release() >= (4, 56) else "torch_dtype": dtype, "attn_implementation": attention}
 
 
+def _register(config: dict[str, Any]) -> None:
+    """Let transformers know the canonical model's class, where that is what is to be run."""
+    if config.get("model_type") == "llmconvert":
+        from llmconvert.models import register
+
+        register()
+
+
 def _refused(error: Exception, directory: Path) -> Refused:
     first = (str(error) or type(error).__name__).splitlines()[0]
     return Refused(f"transformers cannot load it: {first}", where=str(directory))
@@ -213,6 +221,7 @@ def empty_model(directory: Path, dtype: torch.dtype, attention: str = "eager") -
                 raise
         import transformers
 
+        _register(config)
         try:
             known = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             if hasattr(known, "quantization_config"):
@@ -259,6 +268,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: str, attention: str 
         return model.to(device)
     import transformers
 
+    _register(read_config(directory))
     options = _options(dtype, attention)
     if _release() >= (5, 0):
         options["experts_implementation"] = "eager"
