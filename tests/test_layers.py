@@ -22,6 +22,7 @@ MAY_IMPORT = {
     # A proof must not share the code it judges: no spec, no specs, no canonical, no converters.
     "models": {"errors"},
     "verify": {"errors", "checkpoint", "tensors", "engine", "models"},
+    "debug": {"errors", "checkpoint", "models", "verify"},
     "converters": {"errors", "checkpoint", "tensors", "canonical", "spec", "specs", "engine", "verify"},
 }
 HEAVY = {"torch", "transformers", "accelerate"}

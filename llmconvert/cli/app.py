@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import llmconvert
+from llmconvert.cli import debug
 from llmconvert.cli.output import Output, show_error
 from llmconvert.errors import LlmconvertError, Refused, Usage
 from llmconvert.spec.registry import Registry, registry
@@ -24,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(debug.app, name="debug")
 
 Source = Annotated[
     str, typer.Argument(metavar="SRC", help="checkpoint directory, or a hub id such as Qwen/Qwen2.5-7B[@revision]")

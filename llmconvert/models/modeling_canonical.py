@@ -108,6 +108,9 @@ class CanonicalModelConfig(PretrainedConfig):
         initializer_range: float = 0.02,
         attention_dropout: float = 0.0,
         use_cache: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
         **kwargs: Any,
     ) -> None:
         """See the class."""
@@ -515,8 +518,8 @@ class CanonicalPreTrainedModel(PreTrainedModel):
             devices: spread the layers over these (numbers of CUDA devices, or anything torch takes for a device).
             kwargs: as transformers'. `attn_implementation`: chosen by `choose_attention` where absent.
         """
-        config = kwargs.pop("config", None)
-        if config is None:
+        config = kwargs.get("config")
+        if not isinstance(config, PretrainedConfig):
             given = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
             config = CanonicalModelConfig.from_pretrained(name_or_path, **given)
         if devices is not None:
@@ -530,7 +533,9 @@ class CanonicalPreTrainedModel(PreTrainedModel):
                 config, dtype, _first_device(kwargs.get("device_map"))
             )
             logger.info("attention: %s (%s)", kwargs["attn_implementation"], why)
-        return super().from_pretrained(name_or_path, *args, config=config, **kwargs)
+        found = super().from_pretrained(name_or_path, *args, **kwargs)
+        _rest(found[0] if isinstance(found, tuple) else found)
+        return found
 
     @property
     def attention(self) -> str:
@@ -545,6 +550,12 @@ class CanonicalPreTrainedModel(PreTrainedModel):
         """
         _companion("llmconvert.models.devices").set_device(self, devices)
         return self
+
+
+def _rest(model: CanonicalPreTrainedModel) -> None:
+    """Layers that predict further tokens are held and saved; transformers has no training or inference with them."""
+    for layer in getattr(model, "model", model).layers[model.config.num_hidden_layers :]:
+        layer.requires_grad_(False)
 
 
 def _first_device(device_map: Any) -> torch.device:
@@ -581,11 +592,10 @@ class CanonicalModel(CanonicalPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         self.layers = nn.ModuleList(CanonicalDecoderLayer(config, i) for i in range(layers))
-        # Held and saved, not run: transformers has no training or inference with them.
-        self.layers[config.num_hidden_layers :].requires_grad_(False)
         self.norm = _norm(config, config.hidden_size)
         self.rotary_emb = CanonicalRotaryEmbedding(config)
         self.post_init()
+        _rest(self)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding."""
@@ -675,7 +685,7 @@ class CanonicalModel(CanonicalPreTrainedModel):
             )
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not (self.training and self.is_gradient_checkpointing):
+        if use_cache and past_key_values is None and not (self.training and self.layers[0].gradient_checkpointing):
             past_key_values = DynamicCache(config=config)
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         if position_ids is None:

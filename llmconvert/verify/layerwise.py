@@ -93,7 +93,7 @@ class LayerwiseModel:
         self._alias = {name: names for names in tied_names(self.module).values() for name in names}
         self._check_tied()
         self._load_buffers()
-        self.layers_name, layers = _find_layers(self.module, directory)
+        self.layers_name, layers = find_layers(self.module, str(directory))
         inside = {id(child) for layer in layers for child in layer.modules()}
         # Layers that predict further tokens stand after the others and are not run.
         self.layers = layers[: getattr(getattr(self.module, "config", None), "num_hidden_layers", len(layers))]
@@ -231,7 +231,7 @@ class LayerwiseModel:
 
         def record(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden, rest, named = _hidden(args, kwargs)
+                hidden, rest, named = split_hidden(args, kwargs)
                 self._given[index].append((rest, named))
                 if index == 0:
                     streams.append(hidden)
@@ -255,7 +255,7 @@ class LayerwiseModel:
             return forward
 
         replaced = {m: early(m) for m in self._outside} | {m: record(i) for i, m in enumerate(self.layers)}
-        with _forwards(replaced), self.block(0), self._arithmetic():
+        with replaced_forwards(replaced), self.block(0), self._arithmetic():
             for probe in self._probes:
                 try:
                     self.module(**self._inputs(probe))
@@ -322,14 +322,14 @@ class LayerwiseModel:
 
         def skip(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                return self._shape(streams[turn] if index == len(self.layers) - 1 else _hidden(args, kwargs)[0])
+                return self._shape(streams[turn] if index == len(self.layers) - 1 else split_hidden(args, kwargs)[0])
 
             return forward
 
         replaced = {m: skip(i) for i, m in enumerate(self.layers)}
         replaced |= {m: replay(m) for m in self._outside if id(m) in self._early}
         with ExitStack() as stack:
-            stack.enter_context(_forwards(replaced))
+            stack.enter_context(replaced_forwards(replaced))
             stack.enter_context(self._held(*late))
             for module in late:
                 matrix = any(parameter.ndim > 1 for parameter in module.parameters())
@@ -379,7 +379,7 @@ def disturb(tensor: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     return tensor * (1 + half * sign) + each * (tensor.abs() * half).clamp_(min=smallest)
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+def split_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
     """The residual stream among a layer's arguments, and the others."""
     if args:
         return args[0], args[1:], kwargs
@@ -388,8 +388,9 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tupl
 
 
 @contextmanager
-def _forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Give modules other `forward`s for a while."""
+def replaced_forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Give modules other `forward`s for a while; one a module had of its own, such as accelerate's, comes back."""
+    own = {module: module.__dict__["forward"] for module in replaced if "forward" in module.__dict__}
     for module, forward in replaced.items():
         module.__dict__["forward"] = forward
     try:
@@ -397,13 +398,15 @@ def _forwards(replaced: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None
     finally:
         for module in replaced:
             module.__dict__.pop("forward", None)
+        for module, forward in own.items():
+            module.__dict__["forward"] = forward
 
 
 def _fuses(module: nn.Module, known: Mapping[str, nn.Module]) -> bool:
     return any(p.ndim > 2 and name.rpartition(".")[0] not in known for name, p in module.named_parameters())
 
 
-def _find_layers(module: nn.Module, directory: Path) -> tuple[str, list[nn.Module]]:
+def find_layers(module: nn.Module, where: str) -> tuple[str, list[nn.Module]]:
     """The decoder's list of layers: the list of modules with parameters that is nearest to the root."""
     lists = [
         (name.count("."), name, list(child))
@@ -411,7 +414,7 @@ def _find_layers(module: nn.Module, directory: Path) -> tuple[str, list[nn.Modul
         if isinstance(child, nn.ModuleList) and len(child) and any(True for _ in child.parameters())
     ]
     if not lists:
-        raise Refused("the model has no list of layers", where=str(directory))
+        raise Refused("the model has no list of layers", where=where)
     _, name, layers = min(lists, key=lambda entry: entry[:2])
     return name, layers
 
@@ -466,7 +469,7 @@ class _Watch:
         }
 
     def _see_middle(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stream = _hidden(args, kwargs)[0]
+        stream = split_hidden(args, kwargs)[0]
         if self._given is None:
             self._middle = stream
         else:
@@ -476,7 +479,7 @@ class _Watch:
 
     def _child_hook(self, name: str, matrices: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-            given = _hidden(args, kwargs)[0] if args or "hidden_states" in kwargs else None
+            given = split_hidden(args, kwargs)[0] if args or "hidden_states" in kwargs else None
             if given is not None:
                 self._children.append((name, matrices, given, out[0] if isinstance(out, tuple) else out))
 

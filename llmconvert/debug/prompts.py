@@ -1,0 +1,108 @@
+"""What a model is looked at on: one row of tokens, and how each is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmconvert.errors import Refused, Usage
+
+_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of tokens.
+
+    Attributes:
+        input_ids: [1, tokens].
+        tokenizer: shows tokens as text, or None.
+    """
+
+    input_ids: Tensor
+    tokenizer: Any = None
+
+    @property
+    def tokens(self) -> list[str]:
+        """Each token as text, or its number where there is no tokenizer."""
+        return [self.show(number) for number in self.input_ids[0].tolist()]
+
+    def show(self, number: int) -> str:
+        """A token of the vocabulary as text, blanks kept."""
+        return str(number) if self.tokenizer is None else str(self.tokenizer.decode([number]))
+
+    def position(self, token: int | str) -> int:
+        """Where a token stands.
+
+        Args:
+            token: a position, from the end where negative; or the token's text, which must stand once.
+
+        Raises:
+            Usage: it does not stand there, or in several places.
+        """
+        count = self.input_ids.shape[1]
+        if isinstance(token, int):
+            if not -count <= token < count:
+                raise Usage(f"there is no position {token} among {count} tokens", hint=self.listing())
+            return token % count
+        places = [i for i, text in enumerate(self.tokens) if text == token]
+        places = places or [i for i, text in enumerate(self.tokens) if text.strip() == token.strip()]
+        if len(places) != 1:
+            found = f"stands at positions {places}" if places else "is no token of the prompt"
+            raise Usage(f"`{token}` {found}", hint=f"give a position: {self.listing()}")
+        return places[0]
+
+    def listing(self) -> str:
+        """Positions and tokens in one line."""
+        return " ".join(f"{i}:{text!r}" for i, text in enumerate(self.tokens))
+
+
+def make_prompt(
+    prompt: str | None, input_ids: Sequence[int] | Tensor | None, tokenizer: Any = None, folder: str | None = None
+) -> Prompt:
+    """A prompt from text or ids.
+
+    Args:
+        prompt: text; it needs a tokenizer.
+        input_ids: ids, [tokens] or [1, tokens], in place of text.
+        tokenizer: of the model.
+        folder: where to look for a tokenizer where none is given.
+
+    Raises:
+        Usage: not exactly one of text and ids is given, or there are no tokens, or several rows.
+        Refused: there is no tokenizer for the text.
+    """
+    if (prompt is None) == (input_ids is None):
+        raise Usage("give either a prompt or input ids", hint="`--prompt TEXT`, or `--input-ids 5,17,42`")
+    if tokenizer is None and folder:
+        tokenizer = read_tokenizer(folder)
+    if prompt is not None:
+        if tokenizer is None:
+            raise Refused("there is no tokenizer to read the prompt with", where=folder, hint="give `--input-ids`")
+        input_ids = tokenizer(prompt)["input_ids"]
+    ids = torch.as_tensor(input_ids).long()
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or len(ids) != 1 or not ids.numel():
+        raise Usage(f"one row of at least one token is looked at, not {list(ids.shape)}")
+    return Prompt(ids, tokenizer)
+
+
+def read_tokenizer(folder: str) -> Any:
+    """The tokenizer of a directory, or None where there is none that can be read without its own code."""
+    import transformers
+
+    from llmconvert.models import register
+
+    # Of a directory without one transformers makes an empty tokenizer for some architectures.
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
+        return None
+    register()
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
