@@ -119,6 +119,7 @@ def plan_conversion(
     max_shard_size: str = "5GB",
     keep_fp8: bool = False,
     accept: Callable[[Registry, Spec], None] = lambda known, spec: None,
+    opened: Checkpoint | None = None,
 ) -> Conversion:
     """Plan a conversion from headers alone.
 
@@ -132,6 +133,7 @@ def plan_conversion(
         max_shard_size: such as `5GB`.
         keep_fp8: move FP8 weights and their scales as they are.
         accept: called with the detected spec, to refuse it.
+        opened: the source, opened and seen to already; opened here if None.
 
     Raises:
         LlmconvertError: of the kind that fits; nothing has been written.
@@ -142,7 +144,7 @@ def plan_conversion(
     if keep_fp8 and dtype is not None:
         raise Usage("`--keep-fp8` keeps every tensor's dtype: leave out `--dtype`")
     code = FROM_NAME[dtype] if dtype and dtype != FP8_BLOCKS else None
-    checkpoint = unfused(open_checkpoint(source))
+    checkpoint = unfused(opened or open_checkpoint(source))
     block = quantisation(checkpoint)
     if keep_fp8 and block is None:
         raise Usage("`--keep-fp8`: the checkpoint is not FP8", hint="leave it out")

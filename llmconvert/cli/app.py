@@ -271,6 +271,49 @@ def verify_command(
         raise typer.Exit(ProofFailed.exit_code)
 
 
+@app.command("to-reward")
+def to_reward_command(
+    source: Source,
+    destination: Destination,
+    to: Annotated[str, typer.Option(help="the body's architecture: llama, canonical, qwen2, …")] = "llama",
+    head: Annotated[
+        str, typer.Option(help="score (transformers' sequence classification) or v_head (TRL's value head)")
+    ] = "score",
+    lm_head_from: Annotated[
+        str | None, typer.Option(metavar="DIR", help="for v_head: the causal model, where SRC is a sequence classifier")
+    ] = None,
+    drop_bias: Annotated[bool, typer.Option("--drop-bias", help="leave out a value head's bias")] = False,
+    pad_token_id: Annotated[int | None, typer.Option(min=0, help="where config.json has none")] = None,
+    spec_file: SpecFile = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; each tensor's own if absent")] = None,
+    max_shard_size: ShardSize = "5GB",
+    verify: Annotated[
+        str, typer.Option(help="none; weights; logits (both are run in float64, the result whole in memory)")
+    ] = "weights",
+    device: Device = "auto",
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
+    sync: Sync = True,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a reward model: a new scalar head, or TRL's value head to transformers' `score` and back."""
+    from llmconvert.cli import render
+    from llmconvert.converters.reward import to_reward
+
+    output = Output(json_mode=json, quiet=quiet)
+    with output.progress() as progress:
+        found = to_reward(
+            source, destination, to=to, head=head, lm_head_from=lm_head_from, drop_bias=drop_bias,
+            pad_token_id=pad_token_id, spec_file=spec_file, dtype=dtype, max_shard_size=max_shard_size, verify=verify,
+            device=device, workers=workers, overwrite=overwrite, resume=resume, dry_run=dry_run, sync=sync,
+            progress=progress,
+        )  # fmt: skip
+    output.result(found.to_dict(), render.report(found, dry_run=dry_run))
+
+
 @app.command()
 def roundtrip(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="a checkpoint directory")],

@@ -266,6 +266,25 @@ def load_model(directory: Path, dtype: torch.dtype, device: str, attention: str 
         state = {name: weights.read(name).to(dtype) for name in model.state_dict() if name in weights.shapes}
         model.load_state_dict(state, strict=False, assign=True)
         return model.to(device)
+    return _load("AutoModelForCausalLM", directory, dtype, device, attention)
+
+
+def load_classifier(directory: Path, dtype: torch.dtype, device: str) -> nn.Module:
+    """A sequence classifier, whole in memory, loaded by transformers.
+
+    Args:
+        directory: the checkpoint.
+        dtype: the type to compute in.
+        device: where.
+
+    Raises:
+        BadInput: tensors are missing.
+        Refused: transformers has no such model.
+    """
+    return _load("AutoModelForSequenceClassification", directory, dtype, device, "eager")
+
+
+def _load(auto: str, directory: Path, dtype: torch.dtype, device: str, attention: str) -> nn.Module:
     import transformers
 
     _register(read_config(directory))
@@ -276,7 +295,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: str, attention: str 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # what it leaves out is told by us
     try:
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded, info = getattr(transformers, auto).from_pretrained(
             directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except (ValueError, KeyError, ImportError, OSError) as error:
