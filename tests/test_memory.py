@@ -101,7 +101,8 @@ def test_llama_2_7b_by_hand() -> None:
     assert memory.model_states(memory.Held(7_000_000_000), gradient_bytes=4).total == 126_000_000_000
     # 524,288 bytes a token in 16 bit: 2 for keys and values x 32 layers x 4096 x 2 bytes.
     assert memory.cache(config).held * 32 * 2 == 524_288
-    assert [memory.cache(config, tp).held for tp in (2, 32)] == [4096, 256]
+    # Half of the heads, one head; one head too where there are more ranks than heads.
+    assert [memory.cache(config, tp).held for tp in (2, 32, 64)] == [4096, 256, 256]
 
 
 def test_totals_and_active_parameters_as_published() -> None:
@@ -217,6 +218,23 @@ def test_expert_ranks_need_not_fit_into_tensor_ranks(tmp_path: Path) -> None:
     assert counts[0] == counts[1] - parts["routed_experts"] // 6 + parts["routed_experts"] // 2
     assert counts[2] == sum(parts.values())
     assert [(found["dp"], found["expert_dp"]) for found in (both, tensor)] == [(1, 3), (1, 1)]
+
+
+def test_stages_make_up_the_model(tmp_path: Path) -> None:
+    source = checkpoints.make("deepseek_v3", tmp_path / "hf")
+    found = inspect(source, parallelism=Parallelism(Grid(pp=3), divisible_by=1))["memory"]
+    stages, parts, whole = found["ranks"]["stages"], found["parts"], found["inference"]
+    # The last stage, which predicts further tokens, has an embedding of its own; that one and no other is there twice.
+    parameters = sum(parts.values()) - parts["mtp_copies"] + parts["embedding"]
+    assert sum(stage["parameters"] for stage in stages) == parameters
+    for kind, width in (("weights", 2), ("gradients", 2), ("optimizer", 12)):
+        count = parameters if kind == "weights" else parameters - parts["router_bias"]
+        assert sum(stage["training"][kind] for stage in stages) == width * count
+    for kind in ("kv_cache_per_token", "kv_cache_per_token_expanded", "kv_cache_per_1k_tokens"):
+        assert sum(stage["inference"][kind] for stage in stages) == whole[kind]
+    cut = inspect(source, parallelism=Parallelism(Grid(tp=2)))["memory"]["ranks"]["stages"][0]["inference"]
+    assert cut["kv_cache_per_token"] == whole["kv_cache_per_token"]  # all tensor ranks have the latent
+    assert 2 * cut["kv_cache_per_token_expanded"] == whole["kv_cache_per_token_expanded"]
 
 
 def test_without_a_grid_nothing_is_padded_and_any_model_is_counted(tmp_path: Path) -> None:

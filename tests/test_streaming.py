@@ -268,6 +268,15 @@ def test_nothing_of_a_stop_string_is_seen_before_it_is_known(model: Any, tokeniz
     )
 
 
+def test_a_stop_string_known_only_afterwards(tokenizer: Any) -> None:
+    """With an assistant it is: until then the text behind it is held, and given out if the row goes on after all."""
+    for stopped, shown in ((True, "the "), (False, "the quick brown fox")):
+        pieces = TextPieces(tokenizer, True, ["quick"], [])
+        assert pieces.add(tokenizer.encode("the quick brown")) == "the "
+        last = pieces.add([] if stopped else tokenizer.encode(" fox"), last=True, stopped=stopped)
+        assert "the " + last == shown
+
+
 class Third(StoppingCriteria):
     """Ends each row of a batch at its third new token but for the first, which never ends."""
 

@@ -210,7 +210,9 @@ def _memory(found: dict[str, Any]) -> list[str]:
     for stages in _alike(ranks["stages"]):
         first, last = stages[0], stages[-1]
         place = f"{first['pp_rank']}" + (f"–{last['pp_rank']}" if len(stages) > 1 else "")
-        lines.append(f"    stage {place}: {len(first['layers'])} layers, {first['parameters']:,} parameters")
+        lines.append(
+            f"    stage {place}: {len(first['layers'])} layer{'s' * (len(first['layers']) != 1)}, {first['parameters']:,} parameters"
+        )
         lines.append(f"      inference {_inference(first['inference'])}")
         lines.append(f"      training  {_training(first['training'])}")
     return lines

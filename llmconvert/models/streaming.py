@@ -142,7 +142,7 @@ class _Ends(StoppingCriteria):  # type: ignore[misc]
 
     Attributes:
         lengths: of rows that have ended, with the prompt, in tokens.
-        stopped: rows that ended with a stop string.
+        stopped: rows that have come to a stop string.
         closed: whether all rows are to end.
     """
 
@@ -163,7 +163,7 @@ class _Ends(StoppingCriteria):  # type: ignore[misc]
         done: Tensor = self._criteria(input_ids, scores, **kwargs)
         if self._stop is not None:
             matched = self._stop(input_ids, scores)
-            self.stopped |= {row for row in _rows(matched) if row not in self.lengths}
+            self.stopped |= set(_rows(matched))
             done = done | matched
         for row in _rows(done):
             self.lengths.setdefault(row, input_ids.shape[1])
