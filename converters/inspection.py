@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.canonical.lowerings import lower
-from llmconvert.canonical.model import CanonicalConfig, traits
+from llmconvert.canonical.model import CanonicalConfig, CanonicalModel, traits
 from llmconvert.checkpoint.directory import open_checkpoint
 from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
-from llmconvert.converters.megatron.merge import open_model
+from llmconvert.converters.megatron import arguments
+from llmconvert.converters.megatron.grid import Grid
+from llmconvert.converters.megatron.merge import Opened, open_model
+from llmconvert.converters.megatron.split import lower_to_megatron
+from llmconvert.converters.memory import Parallelism, Written, describe_memory
 from llmconvert.engine import manifest
 from llmconvert.errors import LlmconvertError
 from llmconvert.spec.dialect import Lifted, lift, read_config, write_config
 from llmconvert.spec.fused import unfused
 from llmconvert.spec.language import Spec
+from llmconvert.spec.quantised import FP8
 from llmconvert.spec.registry import registry
 
 _SIZES = (
@@ -37,7 +42,14 @@ def _sizes(config: CanonicalConfig) -> dict[str, Any]:
     return {key: getattr(config, key) for key in _SIZES} | {key: value for key, value in large.items() if value}
 
 
-def _inspect_megatron(directory: Path) -> dict[str, Any]:
+def _written(opened: Opened) -> Written:
+    """How a Megatron checkpoint is cut."""
+    c = opened.checkpoint
+    grid = arguments.grid_of(c.args, c.tp, c.pp, c.vpp, c.ep, c.etp) if c.format == "torch" else Grid()
+    return Written(grid, opened.cut.padded_vocab_size, opened.transformer_impl)
+
+
+def _inspect_megatron(directory: Path, parallelism: Parallelism | None) -> dict[str, Any]:
     """Describe a Megatron checkpoint; `problem` says so where its arguments do not explain its tensors."""
     checkpoint = open_megatron(directory, trust_pickle=True)
     stored = checkpoint.stored
@@ -67,6 +79,9 @@ def _inspect_megatron(directory: Path) -> dict[str, Any]:
         result["title"] += f", {opened.transformer_impl} names"
     except LlmconvertError as error:
         result["problem"], result["hint"] = error.what, error.hint
+        return result
+    model = CanonicalModel(opened.config, opened.joined.tensors)
+    result["memory"] = describe_memory(model, parallelism, lambda: model, written=_written(opened))
     return result
 
 
@@ -81,21 +96,25 @@ def _verdict(lifted: Lifted, target: Spec) -> str:
     return "if: " + "; ".join(sorted(open_checks)) if open_checks else "yes"
 
 
-def inspect(source: str | os.PathLike[str], *, spec_file: Path | None = None) -> dict[str, Any]:
+def inspect(
+    source: str | os.PathLike[str], *, spec_file: Path | None = None, parallelism: Parallelism | None = None
+) -> dict[str, Any]:
     """Describe a checkpoint from its headers.
 
     Args:
         source: a directory or a hub id.
         spec_file: a spec from outside the package.
+        parallelism: how to share the model out, for the memory of each rank; None for the ranks a Megatron checkpoint
+            has, and the whole model alone elsewhere.
 
     Returns:
         A JSON-ready dictionary; `architecture` is None and `problem` says why where no spec explains the tensors.
 
     Raises:
-        LlmconvertError: the directory cannot be opened at all.
+        LlmconvertError: the directory cannot be opened at all, or cannot be shared out so.
     """
     if is_megatron(Path(source)):
-        return _inspect_megatron(Path(source))
+        return _inspect_megatron(Path(source), parallelism)
     known = registry(spec_file)
     checkpoint = unfused(open_checkpoint(source))
     dtypes = Counter(TO_NAME.get(tensor.dtype, tensor.dtype) for tensor in checkpoint.tensors.values())
@@ -130,4 +149,11 @@ def inspect(source: str | os.PathLike[str], *, spec_file: Path | None = None) ->
     except LlmconvertError as error:
         result["problem"] = error.what
         result["hint"] = error.hint
+        return result
+    result["memory"] = describe_memory(
+        lifted.model,
+        parallelism,
+        lambda: lower_to_megatron(lifted.model, checkpoint)[0],
+        quantised=checkpoint.nbytes if FP8 in dtypes else None,
+    )
     return result

@@ -248,7 +248,7 @@ CANNOT_HOLD = {
     "o bias to qwen2": ("llama_bias", None, "qwen2", "o_proj"),
     "theta to baichuan": ("llama_mha", lambda c: c.update(rope_theta=5e5), "baichuan", "rope_theta"),
     "rescaled rotary to glm": ("llama_llama3", None, "glm", "rope_scaling"),
-    "gemma is not written": ("llama", None, "gemma", "not written"),
+    "norms of its own to gemma": ("llama", None, "gemma", "unit_offset_norm"),
     "unknown target": ("llama", None, "lama", "lama"),
     "gptq": ("qwen2", lambda c: c.update(quantization_config={"quant_method": "gptq"}), "llama", "gptq"),
     "soft caps": ("llama", lambda c: c.update(final_logit_softcapping=30.0), "mistral", "softcapping"),

@@ -175,10 +175,33 @@ def inspect(
     check: Annotated[
         bool, typer.Option("--check", help="re-verify every checksum of a directory llmconvert wrote")
     ] = False,
+    tp: Tp = 1,
+    pp: Pp = 1,
+    vpp: Vpp = 1,
+    first: First = None,
+    last: Last = None,
+    embedding_counts: EmbeddingCounts = False,
+    loss_counts: LossCounts = False,
+    layout: Layout = None,
+    ep: Ep = 1,
+    etp: Etp = None,
+    divisible_by: Divisible = 128,
+    dp: Annotated[
+        int | None, typer.Option("--dp", help="data-parallel ranks; as few as expert ranks need, if absent")
+    ] = None,
+    zero: Annotated[
+        int, typer.Option("--zero", help="ZeRO: share out optimizer states (1), gradients too (2), weights too (3)")
+    ] = 0,
+    gradients: Annotated[
+        str, typer.Option(help="dtype gradients are kept in: bfloat16 (2 bytes a parameter) or float32 (4)")
+    ] = "bfloat16",
     spec_file: SpecFile = None,
     json: Json = False,
 ) -> None:
-    """Describe a checkpoint from its headers: architecture, sizes, dtypes, traits, where it can go."""
+    """Describe a checkpoint from its headers: architecture, sizes, dtypes, traits, memory, where it can go.
+
+    With ranks (--tp, --pp, --ep, --dp) or --zero, the memory of each rank too.
+    """
     from llmconvert.cli import render
     from llmconvert.converters.inspection import inspect as describe
 
@@ -192,7 +215,12 @@ def inspect(
             f"intact: {tensors} tensors, {render.size(total)}, as written",
         )
         return
-    found = describe(source, spec_file=spec_file)
+    from llmconvert.converters.megatron.grid import Grid
+    from llmconvert.converters.memory import Parallelism
+
+    grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout, ep, etp)
+    asked = Parallelism(grid, dp, zero, gradients, divisible_by)
+    found = describe(source, spec_file=spec_file, parallelism=None if asked == Parallelism() else asked)
     output.result(found, render.inspection(found))
 
 

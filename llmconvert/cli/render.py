@@ -168,6 +168,8 @@ def inspection(found: dict[str, Any]) -> str:
             )
         )
         lines.append("  traits        " + (", ".join(found["traits"]) or "none: plain Llama"))
+    if "memory" in found:
+        lines += _memory(found["memory"])
     if found.get("made_from"):
         lines.append(f"  made from     {found['made_from']}, by llmconvert")
     if "targets" in found:
@@ -185,6 +187,61 @@ def inspection(found: dict[str, Any]) -> str:
     if found.get("hint"):
         lines.append(f"  hint          {found['hint']}")
     return "\n".join(lines)
+
+
+def _memory(found: dict[str, Any]) -> list[str]:
+    """Parameters by part, and what they take."""
+    whole = sum(found["parts"].values())
+    shares = (f"{part.replace('_', ' ')} {n:,} ({n / whole:.1%})" for part, n in found["parts"].items())
+    lines = ["  by part       " + ", ".join(shares)]
+    if found["active_parameters"]:
+        lines.append(f"  active        {found['active_parameters']:,} parameters a token")
+    inference, training = found["inference"], found["training"]
+    lines.append(f"  inference     {_inference(inference)}, in {inference['dtype']}")
+    lines.append(f"  training      {_training(training)}")
+    lines.append(f"                {training['convention']}")
+    if "problem" in found:
+        lines.append(f"  ranks         {found['problem']}")
+    if "ranks" not in found:
+        return lines
+    ranks, experts = found["ranks"], ("ep", "etp", "expert_dp") if found["active_parameters"] else ()
+    shape = ", ".join(f"{key.upper()} {ranks[key]}" for key in ("tp", "pp", "vpp", "dp", *experts))
+    lines.append(f"  per rank      {shape.replace('_', ' ')}, ZeRO {ranks['zero']}: {ranks['world_size']:,} ranks")
+    for stages in _alike(ranks["stages"]):
+        first, last = stages[0], stages[-1]
+        place = f"{first['pp_rank']}" + (f"–{last['pp_rank']}" if len(stages) > 1 else "")
+        lines.append(
+            f"    stage {place}: {len(first['layers'])} layer{'s' * (len(first['layers']) != 1)}, {first['parameters']:,} parameters"
+        )
+        lines.append(f"      inference {_inference(first['inference'])}")
+        lines.append(f"      training  {_training(first['training'])}")
+    return lines
+
+
+def _alike(stages: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Consecutive stages that hold as much."""
+    groups: list[list[dict[str, Any]]] = []
+    for stage in stages:
+        same = groups and all(groups[-1][0][key] == stage[key] for key in ("parameters", "inference", "training"))
+        if same:
+            groups[-1].append(stage)
+        else:
+            groups.append([stage])
+    return groups
+
+
+def _inference(found: dict[str, Any]) -> str:
+    kind = "" if found["kv_cache"] == "keys and values" else f", {found['kv_cache']}"
+    expanded = found.get("kv_cache_per_token_expanded")
+    kind += f" ({size(expanded)} with keys and values expanded)" if expanded else ""
+    token, thousand = size(found["kv_cache_per_token"]), size(found["kv_cache_per_1k_tokens"])
+    weights = size(found["weights"]) + (f" ({size(found['weights_fp8'])} in FP8)" if "weights_fp8" in found else "")
+    return f"weights {weights}; KV cache {token} a token{kind}, {thousand} for {found['kv_cache_tokens']:,}"
+
+
+def _training(found: dict[str, Any]) -> str:
+    kinds = ", ".join(f"{kind} {size(found[kind])}" for kind in ("weights", "gradients", "optimizer"))
+    return f"{size(found['total'])}: {kinds}"
 
 
 def matrix(reaches: list[Any]) -> str:

@@ -325,7 +325,7 @@ class Window:
         if types is None:
             first = config.get(self.from_layer, self.first) if self.from_layer else 0
             types = [SLIDING if i >= first and not (self.alternates and i % 2) else FULL for i in layers]
-        elif len(types) != len(layers) or set(types) - {SLIDING, FULL}:
+        elif set(types) - {SLIDING, FULL} or (window is not None and len(types) != len(layers)):
             raise BadInput(
                 f"`layer_types` does not say of each of {len(layers)} layers that it is `{FULL}` or `{SLIDING}`",
                 where="config.json",
