@@ -1,0 +1,1 @@
+"""Models for training and inference, and what helps to train them."""
