@@ -92,6 +92,29 @@ def _check_heads(heads: int, size: int, where: str) -> None:
         )
 
 
+def _hide_added_pads(mask: Any, attention_mask: Tensor, size: int) -> Any:
+    """Take what `split_batch` added out of an additive mask for good.
+
+    Tokens of left padding see nothing. Eager attention, whose masks are large negative numbers, then gives them the
+    mean over all columns; an added column must not count in it, as there is none in one process.
+
+    Args:
+        mask: [b, 1, T, T] if it is additive; any other is returned as it is.
+        attention_mask: [b, T].
+        size: the number of processes; fewer columns than these were added.
+
+    Returns:
+        The mask, minus infinity in columns at the end that are padding in every row of the batch.
+    """
+    import torch
+
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or not mask.is_floating_point():
+        return mask
+    later = attention_mask.bool().any(0).flip(0).cumsum(0).flip(0)
+    added = (later == 0) & (torch.arange(len(later), device=later.device) > len(later) - size)
+    return mask.masked_fill(added, -torch.inf)
+
+
 class SequenceParallel:
     """A model made sequence parallel by `parallelize`.
 
@@ -190,7 +213,7 @@ class SequenceParallel:
         if mask is None:
             # Anything but None, so that transformers does not look for documents in the slice.
             mask = torch.ones(batch, length, dtype=torch.bool, device=tokens.device)
-        elif mask.ndim == 2 and mask.shape[1] != length:
+        elif mask.ndim == 2 and mask.shape[1] == slice_:
             mask = self._gather(mask.to(torch.uint8))
         if mask.shape[-1] != length:
             raise Usage(
@@ -205,7 +228,9 @@ class SequenceParallel:
         self._whole_mask = None
         if not self._calls:
             raise Refused(
-                "its attention does not go through transformers' attention interface", where=type(module).__name__
+                "its attention does not go through transformers' attention interface",
+                where=type(module).__name__,
+                hint="load it with transformers' own class for its architecture",
             )
 
     def _make_mask(self, **kwargs: Any) -> Any:
@@ -223,7 +248,8 @@ class SequenceParallel:
                 kwargs["mask_function"], told["positions"], told["packed"]
             )
             kwargs["allow_is_causal_skip"] = False
-        return self._mask(**kwargs)
+        mask = self._mask(**kwargs)
+        return mask if told["unmasked"] else _hide_added_pads(mask, kwargs["attention_mask"], self.size)
 
     # Within a layer.
 

@@ -142,10 +142,29 @@ def average_gradients(parameters: Iterable[Tensor], group: ProcessGroup | None =
         return
     used = torch.tensor([parameter.grad is not None for parameter in trained], device=trained[0].device).int()
     distributed.all_reduce(used, op=distributed.ReduceOp.MAX, group=group)
-    size = distributed.get_world_size(group)
+    gradients: list[Tensor] = []
     for parameter, anywhere in zip(trained, used.tolist(), strict=True):
-        if anywhere:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            distributed.all_reduce(parameter.grad, group=group)
-            parameter.grad /= size
+        if anywhere and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if parameter.grad is not None:
+            gradients.append(parameter.grad)
+    for bucket in _buckets(gradients):
+        together = torch.cat([gradient.flatten() for gradient in bucket])
+        distributed.all_reduce(together, group=group)
+        together /= distributed.get_world_size(group)
+        parts = together.split([gradient.numel() for gradient in bucket])
+        for gradient, part in zip(bucket, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def _buckets(tensors: Iterable[Tensor], size: int = 1 << 24) -> Iterable[list[Tensor]]:
+    """Runs of one dtype and device and of `size` elements at most, unless one alone has more."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        alike = bucket and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and not (alike and sum(other.numel() for other in bucket) + tensor.numel() <= size):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
