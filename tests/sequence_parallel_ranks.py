@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,7 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    TrainingArguments,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmconvert.errors import LlmconvertError
@@ -387,6 +394,71 @@ def _sharded(model: Any) -> Any:
     return fully_shard(model)
 
 
+RECIPES = (Path(__file__).resolve().parent.parent / "docs" / "sequence-parallel.md").read_text(encoding="utf-8")
+
+
+def recipe(title: str) -> str:
+    """The program under a title of the documentation."""
+    return RECIPES.split(f"## {title}\n")[1].split("```python\n")[1].split("```")[0]
+
+
+def _loop() -> dict[str, float]:
+    """The documented loop, one step, with an optimizer that leaves the gradients alone."""
+    model, batch = build("llama"), batch_of("packed")
+    reference = alone(model, documents(batch))
+    gradients: dict[str, Tensor] = {}
+    losses: list[Tensor] = []
+
+    class Optimizer:
+        def step(self) -> None:
+            gradients.update({name: tensor.grad.clone() for name, tensor in model.named_parameters()})
+
+        def zero_grad(self) -> None:
+            model.zero_grad()
+
+    names = {"model": model, "batches": [batch], "optimizer": Optimizer()}
+    exec(recipe("A bare loop"), names)
+    losses.append(names["loss"].detach())
+    for name, tensor in model.named_parameters():
+        tensor.grad = gradients[name]
+    return differences(model, losses[0], reference)
+
+
+def train(trainer_class: Any, folder: str, **options: Any) -> dict[str, Any]:
+    """Three steps of a Trainer over twelve rows of a dataset: the losses it logs, and the weights it ends with."""
+    rows = []
+    for seed in range(6):
+        batch = batch_of("right", seed=seed)
+        rows += [{key: entry[row] for key, entry in batch.items()} for row in range(2)]
+    arguments = TrainingArguments(
+        output_dir=folder,
+        use_cpu=True,
+        per_device_train_batch_size=options.pop("batch_size"),
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        optim="sgd",
+        learning_rate=0.5,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    model = build("llama").double()
+    trainer = trainer_class(model, arguments, train_dataset=rows, **options)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "weights": {name: tensor.detach() for name, tensor in model.named_parameters()}}
+
+
+def _trainer() -> dict[str, Any]:
+    """The documented Trainer, groups of two."""
+    names: dict[str, Any] = {}
+    exec(recipe("With `Trainer`"), names)
+    mesh = dist.init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replica", "sequence"))
+    options = {"batch_size": 4 // dist.get_world_size(), "group": mesh["sequence"].get_group()}
+    return train(names["SequenceParallelTrainer"], tempfile.mkdtemp(), **options)
+
+
 def _message(attempt: Callable[[], Any]) -> str:
     try:
         attempt()
@@ -439,13 +511,19 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "ddp": lambda: _wrapped(torch.nn.parallel.DistributedDataParallel),
     "fsdp": lambda: _wrapped(_sharded),
     "errors": _errors,
+    "loop": _loop,
+    "trainer": _trainer,
 }
+
+
+# Accelerate asks for an address, though the processes have met already.
+_HERE = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 
 
 def main(rank: int, size: int, folder: str) -> None:
     """Run everything in one process of the group; the first writes what was found."""
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)} | _HERE
     dist.init_process_group(
         "gloo", f"file://{folder}/meeting", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
@@ -453,7 +531,7 @@ def main(rank: int, size: int, folder: str) -> None:
     work = {**{name: (lambda case=case: run_case(case)) for name, case in CASES.items()}, **CHECKS}
     for name, each in work.items():
         try:
-            with contextlib.nullcontext() if name in (*CASES, "interleaved") else _wide():
+            with contextlib.nullcontext() if name in (*CASES, "interleaved", "trainer") else _wide():
                 results[name] = each()
         except Exception:
             results[name] = traceback.format_exc()

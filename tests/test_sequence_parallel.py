@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import sequence_parallel_ranks as ranks
 import torch
+from transformers import Trainer
 
 Results = dict[str, Any]
 
@@ -44,9 +45,24 @@ def test_loss_and_every_gradient_are_those_of_one_process(results: Results, name
     _close(results[name], 1e-12 if ranks.CASES[name].double else 1e-5)
 
 
-@pytest.mark.parametrize("name", ["accumulated", "interleaved", "ddp", "fsdp"])
-def test_steps_of_several_batches(results: Results, name: str) -> None:
+@pytest.mark.parametrize("name", ["accumulated", "interleaved", "ddp", "fsdp", "loop"])
+def test_steps_of_several_batches_and_the_documented_loop(results: Results, name: str) -> None:
     _close(results[name], 1e-12)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What transformers' own Trainer does in one process."""
+    return ranks.train(Trainer, str(tmp_path_factory.mktemp("trained")), batch_size=2)
+
+
+def test_the_documented_trainer_trains_as_one_process_does(results: Results, trained: Results) -> None:
+    assert isinstance(results["trainer"], dict), results["trainer"]
+    assert len(trained["losses"]) == 3 and results["trainer"]["losses"] == pytest.approx(trained["losses"], abs=1e-6)
+    start = dict(ranks.build("llama").double().named_parameters())
+    for name, weight in trained["weights"].items():
+        assert float((results["trainer"]["weights"][name] - weight).abs().max()) < 1e-6, name
+        assert float((start[name] - weight).abs().max()) > 1e-3, f"{name} was not trained"
 
 
 @pytest.mark.parametrize("name", ["control", "control_documents"])
