@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_attention
 
 from llmconvert.errors import LlmconvertError
 from llmconvert.models.sequence_parallel import average_gradients, parallelize, sequence_parallel_loss, split_batch
@@ -48,6 +51,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {**_LLAMA, "sliding_window": 4},
     "gemma2": {**_LLAMA, "sliding_window": 4, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0},
     "qwen3": {**_LLAMA, "layer_types": ["full_attention"] * 3},
+    "gpt_oss": {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 20,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 10,
+        "sliding_window": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
     "deepseek_v3": {
         "vocab_size": VOCAB,
         "hidden_size": 48,
@@ -129,6 +145,8 @@ CASES = {
     "deepseek_v3_eager_left": Case("deepseek_v3", batch="left", inner="eager"),
     "deepseek_v3_documents": Case("deepseek_v3", batch="packed", documents=True),
     "deepseek_v3_f32": Case("deepseek_v3", double=False),
+    "gpt_oss_eager": Case("gpt_oss", batch="right", inner="eager"),
+    "gpt_oss_sinks_passed": Case("gpt_oss", inner="sinks_passed", overrides=_heads(8, 1)),
     # A function of the kind flash attention is: a mask [b, T] or none, documents from the positions.
     "by_positions_packed": Case(batch="packed", inner="by_positions", documents=True, overrides=_heads(4, 1)),
     "by_positions_checkpoint": Case(batch="packed", inner="by_positions", documents=True, checkpoint=False),
@@ -151,6 +169,14 @@ def _by_positions(module: Any, query: Tensor, key: Tensor, value: Tensor, attent
     return sdpa_attention_forward(module, query, key, value, seen, scaling=kwargs["scaling"])
 
 
+def _sinks_passed(module: Any, *states: Any, s_aux: Tensor, **kwargs: Any) -> Any:
+    """Eager attention with the sinks it is given, as flash attention is, not with those in the layer."""
+    given = SimpleNamespace(sinks=s_aux, num_key_value_groups=module.num_key_value_groups, training=module.training)
+    return gpt_oss_attention(given, *states, **kwargs)
+
+
+AttentionInterface.register("sinks_passed", _sinks_passed)
+AttentionMaskInterface.register("sinks_passed", eager_mask)
 AttentionInterface.register("by_positions", _by_positions)
 AttentionMaskInterface.register("by_positions", lambda attention_mask=None, **kwargs: attention_mask)
 
@@ -306,16 +332,23 @@ def _local_mask() -> dict[str, float]:
 
 
 def _removed() -> dict[str, float]:
-    """After `remove` the model is what it was, and can be made parallel again."""
+    """Without gradients the logits are the whole model's; after `remove` it is what it was, and can be changed again."""
     model = build("llama")
     batch = {key: entry for key, entry in batch_of("right").items() if key != "labels"}
-    before = model(**batch).logits
+    whole = model(**batch).logits
     handle = parallelize(model)
+    inputs = split_batch(batch)
+    del inputs["position_ids"]  # it counts on by itself, past what other processes hold
+    with torch.no_grad():
+        mine = model(**inputs).logits
+    slices = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(slices, mine)
+    apart = (torch.cat(slices, 1)[:, :LENGTH] - whole).abs().max()
     handle.remove()
-    same = torch.equal(model(**batch).logits, before) and model.config._attn_implementation == "sdpa"
+    same = torch.equal(model(**batch).logits, whole) and model.config._attn_implementation == "sdpa"
     model.generate(batch["input_ids"][:, :3], max_new_tokens=2, do_sample=False)
     parallelize(model).remove()
-    return {"same": float(same)}
+    return {"same": float(same), "logits": float(apart)}
 
 
 def _split() -> dict[str, float]:

@@ -59,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def test_the_documented_trainer_trains_as_one_process_does(results: Results, trained: Results) -> None:
     assert isinstance(results["trainer"], dict), results["trainer"]
     assert len(trained["losses"]) == 3 and results["trainer"]["losses"] == pytest.approx(trained["losses"], abs=1e-6)
-    start = dict(ranks.build("llama").double().named_parameters())
+    start = {name: tensor.detach() for name, tensor in ranks.build("llama").double().named_parameters()}
     for name, weight in trained["weights"].items():
         assert float((results["trainer"]["weights"][name] - weight).abs().max()) < 1e-6, name
         assert float((start[name] - weight).abs().max()) > 1e-3, f"{name} was not trained"
@@ -78,7 +78,8 @@ def test_split_batch(results: Results) -> None:
 
 
 def test_remove_gives_the_model_its_attention_back(results: Results) -> None:
-    assert results["removed"] == {"same": 1.0}, results["removed"]
+    assert isinstance(results["removed"], dict), results["removed"]
+    assert results["removed"]["same"] == 1.0 and results["removed"]["logits"] < 1e-12
 
 
 @pytest.mark.parametrize(

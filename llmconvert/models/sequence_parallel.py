@@ -296,10 +296,8 @@ class SequenceParallel:
         if kwargs.get("s_aux") is not None:  # attention sinks, [h]
             kwargs["s_aux"] = kwargs["s_aux"][own]
 
-        output = self._inner_of(module)(
-            self._seen_by_inner(module, copies), query, key, value, attention_mask, **kwargs
-        )
-        # [b, T, h/P, d], by destination: [P, b, t, h/P, d]; by source, the heads' slices: [b, t, P, h/P, d].
+        seen = self._seen_by_inner(module, heads, own, copies)
+        output = self._inner_of(module)(seen, query, key, value, attention_mask, **kwargs)
         whole: Tensor = output[0]
         batch, _, fewer, width = whole.shape
         sent = self._exchange(whole.reshape(batch, self.size, slice_, fewer, width).transpose(0, 1))
@@ -339,13 +337,19 @@ class SequenceParallel:
         found: Callable[..., Any] = eager
         return found
 
-    def _seen_by_inner(self, module: nn.Module, copies: int) -> nn.Module:
-        """The layer as the inner function must see it: queries per key-value head, and whose name it goes by."""
+    def _seen_by_inner(self, module: nn.Module, heads: int, own: slice, copies: int) -> nn.Module:
+        """The layer as the inner function must see it: with this process's heads, by the inner function's name."""
         groups = getattr(module, "num_key_value_groups", None)
+        sliced = {
+            name: parameter[own]  # gpt-oss keeps its attention sinks, [h], in the layer
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.shape[:1] == (heads,)
+        }
         flash = "flash" in self.inner
-        if not flash and (copies == 1 or groups is None):
+        if not sliced and not flash and (copies == 1 or groups is None):
             return module
-        seen: Any = copy.copy(module)  # shallow: the parameters are the layer's
+        seen: Any = copy.copy(module)  # shallow: what is not replaced is the layer's own
+        vars(seen)["_parameters"] = {**module._parameters, **sliced}
         if groups is not None:
             seen.num_key_value_groups = groups // copies
         if flash:  # it looks up its kernel by this name

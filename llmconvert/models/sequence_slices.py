@@ -152,7 +152,7 @@ def average_gradients(parameters: Iterable[Tensor], group: ProcessGroup | None =
         together = torch.cat([gradient.flatten() for gradient in bucket])
         distributed.all_reduce(together, group=group)
         together /= distributed.get_world_size(group)
-        parts = together.split([gradient.numel() for gradient in bucket])
+        parts = torch.split_with_sizes(together, [gradient.numel() for gradient in bucket])
         for gradient, part in zip(bucket, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
