@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "engine": {"errors", "checkpoint", "tensors"},
     # A proof must not share the code it judges: no spec, no specs, no canonical, no converters.
     "verify": {"errors", "checkpoint", "tensors", "engine"},
+    "models": {"errors"},
     "converters": {"errors", "checkpoint", "tensors", "canonical", "spec", "specs", "engine", "verify"},
 }
 HEAVY = {"torch", "transformers", "accelerate"}
