@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import tempfile
 import traceback
@@ -372,6 +373,26 @@ def _split() -> dict[str, float]:
     return {}
 
 
+def _unused() -> dict[str, float]:
+    """Gradients that only some processes have, or none; a batch without labels."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    everywhere, somewhere, nowhere, frozen = (torch.ones(2, requires_grad=number < 3) for number in range(4))
+    everywhere.grad = torch.tensor([1.0, rank])
+    if rank == size - 1:
+        somewhere.grad = torch.tensor([3.0, 4.0])
+    average_gradients([everywhere, somewhere, nowhere, frozen])
+    assert torch.equal(everywhere.grad, torch.tensor([1.0, (size - 1) / 2])), everywhere.grad
+    assert torch.equal(somewhere.grad, torch.tensor([3.0, 4.0]) / size), somewhere.grad
+    assert nowhere.grad is None and frozen.grad is None
+    logits = torch.ones(1, 3, 5, requires_grad=True)
+    loss = sequence_parallel_loss(logits, torch.full((1, 3), -100))
+    loss.backward()
+    assert loss == 0 and not logits.grad.any()
+    half = sequence_parallel_loss(logits.bfloat16(), torch.tensor([[1, -100, 2]]))
+    assert half.dtype == torch.get_default_dtype() and abs(float(half) - math.log(5)) < 1e-6
+    return {}
+
+
 def _accumulated() -> dict[str, float]:
     """Two micro-batches, weighted by their tokens."""
     model = build("llama")
@@ -539,6 +560,7 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "control_documents": _local_mask,
     "removed": _removed,
     "split": _split,
+    "unused": _unused,
     "accumulated": _accumulated,
     "interleaved": _interleaved,
     "ddp": lambda: _wrapped(torch.nn.parallel.DistributedDataParallel),

@@ -77,6 +77,10 @@ def test_split_batch(results: Results) -> None:
     assert results["split"] == {}, results["split"]
 
 
+def test_gradients_that_only_some_have_and_batches_without_labels(results: Results) -> None:
+    assert results["unused"] == {}, results["unused"]
+
+
 def test_remove_gives_the_model_its_attention_back(results: Results) -> None:
     assert isinstance(results["removed"], dict), results["removed"]
     assert results["removed"]["same"] == 1.0 and results["removed"]["logits"] < 1e-12
