@@ -31,6 +31,7 @@ from transformers.masking_utils import eager_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward as gpt_oss_attention
 
 from llmconvert.errors import LlmconvertError
+from llmconvert.models import register
 from llmconvert.models.sequence_parallel import average_gradients, parallelize, sequence_parallel_loss, split_batch
 from llmconvert.verify.float64 import float64_throughout
 
@@ -49,6 +50,12 @@ _LLAMA = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
+    # The canonical class.
+    "llmconvert": {
+        **{key: value for key, value in _LLAMA.items() if key != "attention_bias"},
+        "qkv_bias": True,
+        "qk_norm": True,
+    },
     "mistral": {**_LLAMA, "sliding_window": 4},
     "gemma2": {**_LLAMA, "sliding_window": 4, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0},
     "qwen3": {**_LLAMA, "layer_types": ["full_attention"] * 3},
@@ -136,6 +143,34 @@ CASES = {
     "checkpoint": Case(checkpoint=False),
     "checkpoint_reentrant": Case(checkpoint=True),
     "checkpoint_packed": Case(batch="packed", checkpoint=False, documents=True),
+    "canonical_alibi": Case("llmconvert", {"alibi": True}),
+    "canonical_alibi_left": Case("llmconvert", {"alibi": True}, batch="left", inner="eager"),
+    "canonical_alibi_packed": Case("llmconvert", {"alibi": True}, batch="packed", documents=True),
+    "canonical_windows": Case(
+        "llmconvert",
+        {
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "attn_logit_softcapping": 2.0,
+            "branch_output_norm": True,
+        },
+        batch="right",
+        inner="eager",
+    ),
+    "canonical_latent": Case(
+        "llmconvert",
+        {
+            "kv_lora_rank": 14,
+            "q_lora_rank": 18,
+            "qk_nope_head_dim": 10,
+            "qk_rope_head_dim": 6,
+            "v_head_dim": 8,
+            "rotary_dim": 6,
+            "head_dim": 6,
+            "num_key_value_heads": 4,
+            "qk_norm": False,
+        },
+    ),
     "mistral_sdpa": Case("mistral"),
     "mistral_eager_left": Case("mistral", batch="left", inner="eager"),
     "mistral_documents": Case("mistral", batch="packed", documents=True),
@@ -185,6 +220,7 @@ AttentionMaskInterface.register("by_positions", lambda attention_mask=None, **kw
 def build(arch: str, *, inner: str = "sdpa", seed: int = 0, **overrides: Any) -> Any:
     """A random model in which every tensor matters."""
     torch.manual_seed(seed)
+    register()
     config = AutoConfig.for_model(arch, **{**CONFIGS[arch], **overrides})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=inner, experts_implementation="eager")
     with torch.no_grad():

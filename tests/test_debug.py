@@ -95,6 +95,17 @@ def test_the_canonical_class_shows_itself(folder: Path, tmp_path: Path, capsys: 
     model = CanonicalForCausalLM.from_pretrained(tmp_path / "canonical", dtype=torch.bfloat16)
     shown = model.show_cos_distance(input_ids=IDS, png=tmp_path / "a.png")
     assert shown.mean == pytest.approx(cos_distance(folder / "gemma2", input_ids=IDS).mean, abs=0.02)
+    # Weights of a model that runs with SDPA, too.
+    convert(folder / "llama_bias", tmp_path / "llama", to="canonical", verify="weights")
+    other = CanonicalForCausalLM.from_pretrained(tmp_path / "llama")
+    assert other.attention == "sdpa"
+    seen = attention_weights(other, 2, input_ids=IDS)
+    assert torch.allclose(
+        torch.tensor(seen.weights),
+        torch.tensor(attention_weights(folder / "llama_bias", 2, input_ids=IDS).weights),
+        atol=1e-5,
+    )
+    assert other.attention == "sdpa"
     model.show_topk_token(1, K=2, input_ids=IDS, png=tmp_path / "b.png")
     model.show_attention(1, 4, 2, input_ids=IDS, png=tmp_path / "c.png")
     for name in "abc":

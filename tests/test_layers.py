@@ -19,7 +19,6 @@ MAY_IMPORT = {
     "spec": {"errors", "checkpoint", "tensors", "canonical", "specs"},  # it loads `specs`, by name
     "specs": {"errors", "canonical", "spec"},
     "engine": {"errors", "checkpoint", "tensors"},
-    "models": {"errors"},
     # A proof must not share the code it judges: no spec, no specs, no canonical, no converters.
     "models": {"errors"},
     "verify": {"errors", "checkpoint", "tensors", "engine", "models"},
@@ -110,13 +109,8 @@ def test_the_lowest_layers_and_specs_need_little(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(MODULES))
 def test_importing_a_module_imports_nothing_heavy(name: str) -> None:
-<<<<<<< HEAD
     if layer(name) in ("verify", "models", "debug", "infer", "training"):
         pytest.skip("a model is needed there; the command line imports it late")
-=======
-    if layer(name) in ("verify", "models"):
-        pytest.skip("a proof may need models, and models are torch's; the command line imports them late")
->>>>>>> 02fff2cc0b9689ad01b9381dd3d4fa305b33ea6b
     wrong = {target for target in imports(name, top_level=True) if target.split(".")[0] in HEAVY}
     assert not wrong, f"{name} imports {sorted(wrong)} when it is imported: do it inside the function that needs it"
 

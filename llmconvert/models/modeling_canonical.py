@@ -509,6 +509,10 @@ class CanonicalPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.weight)
 
     @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # which transformers tells by a phrase in the source
+
+    @classmethod
     def from_pretrained(cls, name_or_path: Any, *args: Any, devices: Sequence[Any] | None = None, **kwargs: Any) -> Any:
         """As transformers', which maps weights straight in and initialises none; and with two choices made where left open.
 
@@ -618,6 +622,8 @@ class CanonicalModel(CanonicalPreTrainedModel):
         }
         if "cache_position" in _MASK:
             arguments["cache_position"] = torch.arange(past, past + embeds.shape[1], device=embeds.device)
+        if self.config.alibi and "allow_is_causal_skip" in _MASK:
+            arguments["allow_is_causal_skip"] = False  # there is to be a mask that biases are added to
         windows = {self.config.window(i) is not None for i in range(self.config.num_hidden_layers)}
         makers = {_SLIDING: create_sliding_window_causal_mask, _FULL: create_causal_mask}
         masks = {kind: make(**arguments) for kind, make in makers.items() if (kind == _SLIDING) in windows}

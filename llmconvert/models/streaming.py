@@ -137,7 +137,7 @@ def _inputs(tokenizer: PreTrainedTokenizerBase, prompts: str | Sequence[str] | T
     return {"input_ids": ids, "attention_mask": mask}
 
 
-class _Ends(StoppingCriteria):  # type: ignore[misc]
+class _Ends(StoppingCriteria):
     """Ends rows, and keeps at which length each one ended.
 
     Attributes:
@@ -183,7 +183,7 @@ class _Step:
     ended: frozenset[int]
 
 
-class _Steps(BaseStreamer):  # type: ignore[misc]
+class _Steps(BaseStreamer):
     """The streamer: prompts first, [batch, length], then steps of [batch], or of [1, tokens] where they are drafted.
 
     Its queue has the prompts' ids, a `_Step` each, and at the end None or the exception that ended it.
