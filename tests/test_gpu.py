@@ -11,6 +11,10 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
+from llmconvert.converters.huggingface import convert
+from llmconvert.debug import attention_weights, cos_distance
+from llmconvert.models import CanonicalForCausalLM
+from llmconvert.models.modeling_canonical import choose_attention
 from llmconvert.verify.logits import compare_logits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -44,3 +48,21 @@ def test_by_layers_takes_the_memory_of_a_block(tmp_path: Path) -> None:
     assert gpu.prove(case, tmp_path) is not None
     table = 4 * gpu.BILLION["vocab_size"] * gpu.BILLION["hidden_size"]
     assert torch.cuda.max_memory_allocated() < 3 * table + 2**30
+
+
+@pytest.mark.parametrize("arch", ["gemma2", "baichuan_13b", "deepseek_v3", "qwen3", "llama"])
+def test_the_canonical_class_computes_on_cuda_what_it_does_on_the_cpu(arch: str, tmp_path: Path) -> None:
+    source = checkpoints.make(arch, tmp_path / "source")
+    convert(source, tmp_path / "canonical", to="canonical", verify="weights")
+    ids = torch.randint(3, 131, (2, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = CanonicalForCausalLM.from_pretrained(tmp_path / "canonical")(ids).logits
+        placed = CanonicalForCausalLM.from_pretrained(tmp_path / "canonical").set_device([0])
+        assert (placed(ids.cuda()).logits.cpu() - wanted).abs().max() < 1e-3 * wanted.abs().max()
+        half = CanonicalForCausalLM.from_pretrained(tmp_path / "canonical", dtype=torch.bfloat16, devices=[0])
+        assert half.attention == choose_attention(half.config, torch.bfloat16, torch.device("cuda"))[0]
+        assert (half(ids.cuda()).logits.cpu().float() - wanted).abs().max() < 0.2 * wanted.abs().max()
+    here, there = (cos_distance(model, input_ids=ids[0]) for model in (placed, source))
+    assert here.mean == pytest.approx(there.mean, abs=1e-3)
+    weights = torch.tensor(attention_weights(half, 1, input_ids=ids[0]).weights)
+    assert torch.allclose(weights.sum(-1), torch.ones(1), atol=2e-2)
