@@ -3,7 +3,8 @@
 What they do is written beside the model's directory, where every worker sees it:
 
     trace        a line "pid row" for each row computed
-    orders.json  {"sleep": seconds a row, "die": {row: times}, "raise": {row: times}, "broken": bool}
+    orders.json  {"sleep": seconds a row, "die": {row: times}, "raise": {row: times},
+                  "broken": never load, "gather": wait for so many workers}
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ class Traced(HuggingFace):
     def __init__(self, copy: Copy) -> None:
         super().__init__(copy)
         self.place = Path(copy.model).parent
+        gather = json.loads((self.place / "orders.json").read_text())["gather"]
+        (self.place / f"ready-{os.getpid()}").touch()
+        while len(list(self.place.glob("ready-*"))) < gather:
+            time.sleep(0.02)
 
     def answer(self, items: Sequence[tuple[int, Any]], done: set[int]) -> Iterator[list[Answer]]:
         """Answer rows."""

@@ -261,6 +261,66 @@ def test_parquet_and_datasets_read_as_jsonl(tmp_path: Path) -> None:
         open_source(str(tmp_path / "splits"))
 
 
+# -- vLLM, as far as it goes without it -----------------------------------------------------------
+
+
+def fake_vllm(monkeypatch: pytest.MonkeyPatch, model: Path, takes_devices: bool) -> list[dict[str, Any]]:
+    """A module with the part of vLLM's interface that is used; it shows what vLLM would be told, not that vLLM agrees."""
+    import dataclasses
+    import types
+
+    import transformers
+
+    told: list[dict[str, Any]] = []
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+
+    class LLM:
+        def __init__(self, **options: Any) -> None:
+            told.append(options)
+            self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=50))
+
+        def get_tokenizer(self) -> Any:
+            return tokenizer
+
+        def get_default_sampling_params(self) -> Any:
+            return types.SimpleNamespace(repetition_penalty=1.3)
+
+        def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
+            told.extend(vars(one) for one in params)
+            made = [types.SimpleNamespace(text=f"{len(one['prompt_token_ids'])}", token_ids=[1, 2]) for one in prompts]
+            return [types.SimpleNamespace(outputs=[one]) for one in made]
+
+    vllm: Any = types.ModuleType("vllm")
+    vllm.LLM, vllm.SamplingParams, vllm.__version__ = LLM, types.SimpleNamespace, "0.0"
+    names = ["model", *(["device_ids"] if takes_devices else [])]
+    vllm.EngineArgs = dataclasses.make_dataclass("EngineArgs", names)
+    inputs: Any = types.ModuleType("vllm.inputs")
+    inputs.TokensPrompt = dict
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    monkeypatch.setitem(sys.modules, "vllm.inputs", inputs)
+    return told
+
+
+def test_vllm_is_told_devices_sampling_and_seeds(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    from llmconvert.infer.engines import build
+
+    told = fake_vllm(monkeypatch, model, takes_devices=True)
+    sampling = Sampling(10, temperature=0.5, stop=("w9",), seed=4)
+    made = build(Copy("vllm", str(model), ("cuda:2", "cuda:3"), 2, "bfloat16", None, sampling))
+    assert told[0]["device_ids"] == [2, 3] and told[0]["tensor_parallel_size"] == 2 and told[0]["dtype"] == "bfloat16"
+    items = [(0, words(5, 0)), (1, words(41, 1)), (2, words(7, 2)), (3, words(9, 3))]
+    answers = {a.row: a for group in made.answer(items, {3}) for a in group}
+    assert {row: answers[row].output for row in answers} == {0: "5", 1: None, 2: "7"} and answers[0].tokens == 2
+    assert "too long: 41 tokens" in str(answers[1].error)
+    assert told[1]["seed"] != told[2]["seed"] and told[1]["stop"] == ["w9"] and told[1]["top_k"] == -1
+    assert told[1]["temperature"] == 0.5 and told[1]["max_tokens"] == 10 and told[1]["repetition_penalty"] == 1.3
+    told = fake_vllm(monkeypatch, model, takes_devices=False)
+    build(Copy("vllm", str(model), ("cuda:0", "cuda:1"), 1, "auto", 8, sampling))
+    assert "device_ids" not in told[0] and told[0]["max_num_seqs"] == 8
+    with pytest.raises(LlmconvertError, match=r"cannot be told to use the devices \[1\]"):
+        build(Copy("vllm", str(model), ("cuda:1",), 2, "auto", None, sampling))
+
+
 # -- runs, without a model ------------------------------------------------------------------------
 
 
@@ -505,6 +565,7 @@ def test_10000_rows_through_4_workers_are_each_answered_once(tmp_path: Path, mon
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     config = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2,
               "num_key_value_heads": 1, "head_dim": 4}  # fmt: skip
+    orders(tmp_path, gather=4)
     small = tiny.make("llama", tmp_path / "model", shards=False, **config)
     write_tokenizer(small, VOCABULARY)
     chosen = random.Random(5)
@@ -547,17 +608,13 @@ def test_two_copies_on_ray_write_the_same_bytes(cluster: None, model: Path, prom
     assert summary.engine == "ray:hf" and summary.rows == 48 and summary.errors == 0
 
 
-def test_four_copies_on_ray_survive_a_death_and_resume(cluster: None, place: Path) -> None:
-    orders(place, die={"17": 1}, **{"raise": {"40": 99}})
-    with pytest.raises(LlmconvertError, match="row 40 is cursed") as caught:
-        echo(place, workers=4, engine=f"ray:{ECHO}")
-    assert "--resume" in str(caught.value.hint)
-    kept = set(logged(place))
-    orders(place, sleep=0.02)
-    before = len(traced(place))
-    summary = echo(place, workers=4, engine=f"ray:{ECHO}", resume=True)
-    assert (place / "out.jsonl").read_bytes() == expected_bytes(place) and summary.resumed == len(kept)
-    assert not set(traced(place)[before:]) & kept
+def test_four_copies_on_ray_survive_a_death_and_a_cursed_row(cluster: None, place: Path) -> None:
+    (place / "trace").touch()
+    orders(place, die={"17": 1}, sleep=0.02, **{"raise": {"40": 99}})
+    summary = echo(place, workers=4, engine=f"ray:{ECHO}", batch_size=2)
+    made, expected = read_rows(place / "out.jsonl"), [json.loads(line) for line in expected_bytes(place).splitlines()]
+    assert made[40].pop("error") == "failed 2 times: ValueError: row 40 is cursed" and summary.errors == 1
+    assert made == [*expected[:40], {**expected[40], "output": None}, *expected[41:]]
     assert len(workers_of(place)) >= 4
 
 
@@ -583,6 +640,41 @@ def test_what_cannot_be_done_is_said_before_anything_is_loaded(place: Path, capf
     if not __import__("importlib.util").util.find_spec("vllm"):
         assert run_main(*names, "--engine", "vllm") == 2 and "pip install vllm" in capfd.readouterr().err
     assert {path.name for path in place.iterdir()} == {"model", "data.jsonl"}
+
+
+def test_progress_says_rows_rates_and_time_left(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    from llmconvert.infer import progress
+    from llmconvert.infer.pool import Tally
+
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    shown = progress.Progress(enabled=True)
+    shown.start(total=1000, before=200)
+    tallies = [
+        Tally(rows=60, errors=2, tokens=600, seconds=15.0, starts=2),
+        Tally(rows=38, tokens=400, seconds=20.0, starts=1),
+    ]
+    now[0] += 9
+    shown.update(tallies, 2)
+    assert capfd.readouterr().err == ""
+    now[0] += 11
+    shown.update(tallies, 2)
+    assert capfd.readouterr().err == "rows: 300 of 1000, 5.0 rows/s, 50 tokens/s, 0:02:20 left\n"
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(shown._table(tallies, 2))
+    table = [line.split() for line in captured.get().splitlines()]
+    assert ["0", "60", "2", "40", "1"] in table and ["1", "38", "0", "20", "0"] in table
+    silent = progress.Progress(enabled=False)
+    silent.start(1, 0)
+    now[0] += 99
+    silent.update(tallies, 0)
+    silent.say("hello")
+    assert capfd.readouterr().err == ""
 
 
 def test_only_errors_end_in_exit_code_4(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ class Batch:
     Attributes:
         items: rows' numbers and prompts, the longest first.
         done: rows of it answered already; they are computed with the others only where shapes matter.
-        deaths: how many workers have died of it.
+        deaths: how often it failed, or a worker died of it.
     """
 
     items: list[tuple[int, Prompt]]
@@ -32,6 +32,14 @@ class Batch:
     def left(self) -> list[int]:
         """Rows not answered yet."""
         return [row for row, _ in self.items if row not in self.done]
+
+    def retry(self) -> list[Batch]:
+        """What to try after it failed: once more as it is, then row by row; nothing for a row that failed alone twice."""
+        self.deaths += 1
+        if self.deaths < 2:
+            return [self]
+        left = set(self.left())
+        return [Batch([item]) for item in self.items if item[0] in left] if len(self.items) > 1 else []
 
 
 def batches(

@@ -188,7 +188,6 @@ class Pool:
                     self._count(worker, [answer.row], int(answer.error is not None), answer.tokens)
                     batch.done.add(answer.row)
             if batch.left():
-                batch.deaths += 1
                 self._retry(batch, worker)
         worker.vain += 1
         if worker.vain >= _STARTS:
@@ -205,12 +204,9 @@ class Pool:
         self._start(worker)
 
     def _retry(self, batch: Batch, worker: _Worker) -> None:
-        if batch.deaths < 2:
-            self._again.appendleft(batch)
-        elif len(batch.items) > 1:
-            left = set(batch.left())
-            self._again.extendleft(Batch([item]) for item in reversed(batch.items) if item[0] in left)
-        else:
+        again = batch.retry()
+        self._again.extendleft(reversed(again))
+        if not again:
             row = batch.items[0][0]
             cause = worker.fault.what if worker.fault else "without a word (killed, or crashed)"
             if self._own is None:

@@ -10,7 +10,6 @@ import importlib
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -35,11 +34,17 @@ class _Actor:
             self._error = error  # raised here, Ray would start the actor again and again
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"index": row["index"], "found": pickle.dumps(self._found(row)), "worker": _actor_name()}
+
+    def _found(self, row: dict[str, Any]) -> list[Answer] | LlmconvertError | str:
+        """Answers; or why there is no model; or why these rows failed."""
         if self._error is not None:
-            return {"answers": pickle.dumps(self._error), "worker": ""}
+            return self._error
         batch: Batch = pickle.loads(row["batch"])
-        answers = [answer for group in self._engine.answer(batch.items, batch.done) for answer in group]
-        return {"answers": pickle.dumps(answers), "worker": _actor_name()}
+        try:
+            return [answer for group in self._engine.answer(batch.items, batch.done) for answer in group]
+        except Exception as error:
+            return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _actor_name() -> str:
@@ -107,16 +112,17 @@ class RayCopies:
         """Work until the queue is empty; see `Pool.run`.
 
         Raises:
-            LlmconvertError: the model cannot be loaded, or a batch fails whatever is tried.
+            LlmconvertError: the model cannot be loaded, or copies die of a batch again and again.
         """
         context = self._data.DataContext.get_current()
         context.enable_progress_bars = False
         seen: dict[str, Tally] = {}
         log: Log | None = None
+        again: list[Batch] = []
         try:
-            while ahead := list(islice(queue, _AHEAD)):
+            while ahead := again or list(islice(queue, _AHEAD)):
                 log = log or Log(store.new_log())
-                self._segment(copies, ahead, store, log, seen, lambda: report(list(seen.values())))
+                again = self._segment(copies, ahead, store, log, seen, lambda: report(list(seen.values())))
         except LlmconvertError:
             raise
         except Exception as error:
@@ -133,23 +139,33 @@ class RayCopies:
 
     def _segment(
         self, copies: list[Copy], ahead: list[Batch], store: Store, log: Log, seen: dict[str, Tally], report: Callable[[], None]
-    ) -> None:  # fmt: skip
+    ) -> list[Batch]:  # fmt: skip
+        """Answer some batches by fresh copies; returned are those to try again."""
         began = time.monotonic()
-        items = [{"batch": pickle.dumps(batch)} for batch in ahead]
+        items = [{"index": index, "batch": pickle.dumps(batch)} for index, batch in enumerate(ahead)]
+        # A block a batch, or answers would come many batches late.
         answered = self._data.from_items(items, override_num_blocks=len(items)).map(
             _Actor,
-            fn_constructor_args=[replace(copies[0])],
-            compute=self._data.ActorPoolStrategy(size=len(copies), max_tasks_in_flight_per_actor=2),
+            fn_constructor_args=[copies[0]],
+            compute=self._data.ActorPoolStrategy(size=min(len(copies), len(items)), max_tasks_in_flight_per_actor=2),
             num_cpus=self._cpus,
             num_gpus=self._gpus,
             max_restarts=_RETRIES,
             max_task_retries=_RETRIES,
         )
+        again: list[Batch] = []
         for result in answered.iter_rows():
-            answers: list[Answer] | LlmconvertError = pickle.loads(result["answers"])
-            if isinstance(answers, LlmconvertError):
-                raise answers
-            fresh = [answer for answer in answers if store.mark(answer.row)]
+            found: list[Answer] | LlmconvertError | str = pickle.loads(result["found"])
+            if isinstance(found, LlmconvertError):
+                raise found
+            if isinstance(found, str):
+                batch = ahead[result["index"]]
+                more = batch.retry()
+                again += more
+                found = (
+                    [] if more else [Answer(row, error=f"failed {batch.deaths} times: {found}") for row in batch.left()]
+                )
+            fresh = [answer for answer in found if store.mark(answer.row)]
             log.append(fresh)
             tally = seen.setdefault(result["worker"], Tally(starts=1))
             tally.rows += len(fresh)
@@ -157,3 +173,4 @@ class RayCopies:
             tally.tokens += sum(answer.tokens for answer in fresh)
             tally.seconds = time.monotonic() - began
             report()
+        return again
