@@ -2,7 +2,7 @@
 """Rows a second of batch inference on processors: workers against each other, and against a naive loop.
 
     python scripts/bench_infer.py                      2 workers, 1 worker, and `generate` one row at a time
-    python scripts/bench_infer.py --rows 600 --repeats 3
+    python scripts/bench_infer.py --hidden 256         a larger model: the arithmetic weighs more, so batching gains less
     python scripts/bench_infer.py --batch-sizes 8 32 64
 
 A small Llama with random weights, float32; prompts of mixed lengths, and some tokens in twenty end an answer, so that
@@ -51,7 +51,7 @@ def make_model(directory: Path, *, hidden: int, layers: int, vocabulary: int) ->
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=hidden * 3, num_hidden_layers=layers,
-        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 64, max_position_embeddings=2048,
+        num_attention_heads=hidden // 16, num_key_value_heads=hidden // 32, max_position_embeddings=2048,
         initializer_range=0.1,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
@@ -100,11 +100,11 @@ def ours(
 def main() -> None:
     """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--batch-sizes", nargs="+", default=["auto"], metavar="N")
-    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
     vocabulary, tokens = 4096, options.max_new_tokens

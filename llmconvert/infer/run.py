@@ -21,7 +21,7 @@ from llmconvert.infer.sampling import Sampling
 from llmconvert.infer.store import Answer, Log, Store, work_directory
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-_ROWS = {"vllm": 512, "accelerator": 128, "cpu": 32}
+_ROWS = {"vllm": 512, "accelerator": 128, "cpu": 16}
 """Rows of a batch where the user says nothing; transformers cuts it further where memory is short."""
 _STABLE = (
     "the same bytes for any number of workers and after any kill, unless memory ran out; equal to `generate` one row at a"

@@ -50,32 +50,51 @@ class Draw:
         return torch.full_like(scores, float("-inf")).scatter_(1, chosen, 0.0)
 
 
-class StopStrings:
-    """Ends a row once what it has generated holds a stop string; prompts are not searched."""
+class Halt:
+    """Says which rows are finished: by an end token, or by a stop string in what was generated; prompts are not searched.
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int) -> None:
+    Once half of the rows are finished it halts them all, so that the others can go on without them.
+    """
+
+    def __init__(self, tokenizer: Any, ends: set[int], stop: Sequence[str], width: int, *, early: bool) -> None:
         """Prepare.
 
         Args:
             tokenizer: of transformers.
+            ends: tokens that end a text.
             stop: the strings.
             width: tokens of the padded prompts.
+            early: halt all rows once half are finished.
         """
-        self._tokenizer, self._stop, self._width = tokenizer, tuple(stop), width
+        self._tokenizer, self._ends, self._stop, self._width = tokenizer, sorted(ends), tuple(stop), width
+        self._early = early
         # A token has a byte at the least: a string that ended just now began within as many tokens.
-        self._tail = max(len(text.encode()) for text in stop) + 4
+        self._tail = max((len(text.encode()) for text in stop), default=0) + 4
+        self.finished: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """Which rows are finished; [rows], boolean."""
+        """Which rows are finished, or true for all; [rows], boolean."""
         import torch
 
-        generated = input_ids[:, self._width :].tolist()
-        found = [
-            has_stop(decode(self._tokenizer, ids[-self._tail :]), self._stop)
-            and has_stop(decode(self._tokenizer, ids), self._stop)
-            for ids in generated
-        ]
-        return torch.tensor(found, device=input_ids.device)
+        ends = torch.tensor(self._ends, device=input_ids.device)
+        finished = torch.isin(input_ids[:, -1], ends)
+        if self._stop:
+            finished |= torch.tensor([self._stops(ids) for ids in input_ids[:, self._width :].tolist()]).to(ends.device)
+        if self.finished is not None:
+            finished |= self.finished
+        self.finished = finished
+        rows = len(finished)
+        if self._early and rows >= _FEW and int(finished.sum()) * 2 >= rows:
+            return torch.ones_like(finished)
+        return finished
+
+    def _stops(self, ids: list[int]) -> bool:
+        tail = decode(self._tokenizer, ids[-self._tail :])
+        return has_stop(tail, self._stop) and has_stop(decode(self._tokenizer, ids), self._stop)
+
+
+_FEW = 4
+"""Fewer rows than these go on together to the end: another start would cost more than it saves."""
 
 
 def decode(tokenizer: Any, ids: list[int]) -> str:
