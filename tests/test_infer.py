@@ -24,7 +24,7 @@ from llmconvert.infer import Infer
 from llmconvert.infer.batches import WINDOW, batches
 from llmconvert.infer.engines import Copy, choose
 from llmconvert.infer.engines.hf import HuggingFace
-from llmconvert.infer.rows import Fields, open_source
+from llmconvert.infer.rows import open_source
 from llmconvert.infer.run import Summary, share_devices
 from llmconvert.infer.sampling import Sampling, uniforms
 from llmconvert.infer.store import read_log, work_directory
@@ -508,8 +508,8 @@ def test_another_run_is_not_resumed_and_nothing_is_overwritten_unasked(place: Pa
     with pytest.raises(Usage, match="unfinished run"):
         echo(place)
     changes: list[tuple[str, dict[str, Any]]] = [
-        ("sampling", {"sampling": Sampling(max_new_tokens=3)}), ("sampling", {"sampling": Sampling(seed=1)}),
-        ("fields", {"fields": Fields(output="answer")}), ("dtype", {"dtype": "float32"}), ("batch size", {"batch_size": 5}),
+        ("sampling", {"max_new_tokens": 3}), ("sampling", {"seed": 1}),
+        ("fields", {"output_field": "answer"}), ("dtype", {"dtype": "float32"}), ("batch size", {"batch_size": 5}),
     ]  # fmt: skip
     for word, options in changes:
         with pytest.raises(Usage, match=f"it differs in {word}$|it differs in {word} \\("):
@@ -570,9 +570,11 @@ def test_names_of_fields(place: Path) -> None:
     write_rows(place / "data.jsonl", rows)
     with pytest.raises(Usage, match="a field `output` of its own"):
         echo(place)
-    for fields, asked in ((Fields(), '"w7"'), (Fields("q"), '"w9"'), (Fields(None, "messages"), '[{"role"')):
-        named = Fields(fields.prompt, fields.messages, "answer")
-        echo(place, workers=1, fields=named, overwrite=True)
+    named: list[tuple[dict[str, str], str]] = [
+        ({}, '"w7"'), ({"prompt_field": "q"}, '"w9"'), ({"messages_field": "messages"}, '[{"role"'),
+    ]  # fmt: skip
+    for names, asked in named:
+        echo(place, workers=1, output_field="answer", overwrite=True, **names)
         (row,) = read_rows(place / "out.jsonl")
         assert row["answer"][::-1].startswith(asked) and {**row, **rows[0]} == row
 
@@ -620,7 +622,7 @@ def test_10000_rows_through_4_workers_are_each_answered_once(tmp_path: Path, mon
     chosen = random.Random(5)
     rows = [{"prompt": words(chosen.randrange(1, 9), seed), "id": seed} for seed in range(10_000)]
     data = write_rows(tmp_path / "data.jsonl", rows)
-    options: dict[str, Any] = {"engine": TRACED, "sampling": Sampling(max_new_tokens=1), "devices": ["cpu"]}
+    options: dict[str, Any] = {"engine": TRACED, "max_new_tokens": 1, "devices": ["cpu"]}
     summary = Infer(small, data, tmp_path / "out.jsonl", 4, dtype="float32", batch_size=100, **options).run()
     made = read_rows(tmp_path / "out.jsonl")
     assert [{k: v for k, v in row.items() if k != "output"} for row in made] == rows
@@ -650,7 +652,7 @@ def cluster() -> Iterator[None]:
 
 def test_two_copies_on_ray_write_the_same_bytes(cluster: None, model: Path, prompts: list[Any], tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data.jsonl", [{"prompt": prompt, "id": seed} for seed, prompt in enumerate(prompts)])
-    options: dict[str, Any] = {"dtype": "float32", "batch_size": 6, "sampling": Sampling(max_new_tokens=10)}
+    options: dict[str, Any] = {"dtype": "float32", "batch_size": 6, "max_new_tokens": 10}
     summary = Infer(model, data, tmp_path / "ray.jsonl", 2, engine="ray:hf", **options).run()
     expected = outputs(engine(model, 6, max_new_tokens=10), prompts)
     assert [row["output"] for row in read_rows(tmp_path / "ray.jsonl")] == expected

@@ -55,20 +55,23 @@ def infer(
     Exit code 0 if OUT was written, whatever errors are in it; 4 if no row at all has an answer.
     """
     from llmconvert.infer.progress import Progress
-    from llmconvert.infer.rows import Fields
     from llmconvert.infer.run import Infer
-    from llmconvert.infer.sampling import Sampling
 
     if batch_size != "auto" and not batch_size.isdigit():
         raise Usage(f"--batch-size is {batch_size!r}", hint="a number of rows, or auto")
-    summary = Infer(
+    run = Infer(
         model, data, out, num_workers,
         devices=None if devices is None else [name.strip() for name in devices.split(",") if name.strip()],
-        engine=engine, fields=Fields(prompt_field, messages_field, output_field, error_field),
-        sampling=Sampling(max_new_tokens, temperature, top_p, top_k, tuple(stop or ()), seed),
-        batch_size=None if batch_size == "auto" else int(batch_size), dtype=dtype, split=split, resume=resume,
+        engine=engine, prompt_field=prompt_field, messages_field=messages_field, output_field=output_field,
+        error_field=error_field, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
+        stop=stop or (), seed=seed, batch_size=None if batch_size == "auto" else int(batch_size), dtype=dtype, split=split, resume=resume,
         overwrite=overwrite, progress=Progress(enabled=not json and not quiet),
-    ).run()  # fmt: skip
+    )  # fmt: skip
+    try:
+        summary = run.run()
+    except KeyboardInterrupt:
+        typer.echo("interrupted\nhint: answers are kept; repeat the command with `--resume`", err=True)
+        raise typer.Exit(130) from None
     Output(json_mode=json, quiet=quiet).result(summary.to_dict(), _table(summary))
     if summary.rows and summary.errors == summary.rows:
         if not json and not quiet:

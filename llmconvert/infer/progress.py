@@ -86,7 +86,10 @@ class Progress:
             table.add_row(str(number), str(tally.rows), str(tally.errors), rate, str(max(0, tally.starts - 1)))
         done = self._before + sum(tally.rows for tally in tallies) + unreadable
         bar = ProgressBar(total=max(1, self._total), completed=done, width=60)
-        return Group(table, bar, self._line(tallies, unreadable))
+        below = Table.grid()
+        below.add_row(bar)
+        below.add_row(self._line(tallies, unreadable))
+        return Group(table, below)
 
 
 def rate_of(tally: Tally) -> float:

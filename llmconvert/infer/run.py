@@ -24,8 +24,8 @@ _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 _ROWS = {"vllm": 512, "accelerator": 128, "cpu": 16}
 """Rows of a batch where the user says nothing; transformers cuts it further where memory is short."""
 _STABLE = (
-    "the same bytes for any number of workers and after any kill, unless memory ran out; equal to `generate` one row at a"
-    " time but where two tokens are within rounding of each other"
+    "the same bytes for any number of workers (of one kind of device, threads alike) and after any kill, unless memory ran"
+    " out; equal to `generate` one row at a time but where two tokens are within rounding of each other"
 )
 _UNSTABLE = (
     "vLLM batches as requests come: bytes may differ between runs where tokens are within rounding of each other, unless"
@@ -93,8 +93,16 @@ class Infer:
         num_workers: copies of the model; as many as devices if absent.
         devices: `["0", "1"]`, `["cuda:0"]` or `["cpu"]`, shared out among the copies; all there are if absent.
         engine: auto, hf, vllm, ray (or ray:hf, ray:vllm), or `module:Class`.
-        fields: names of fields of the data and of the output.
-        sampling: how tokens are chosen.
+        prompt_field: the field with a text or messages; `prompt`, in rows that have it, if absent.
+        messages_field: the field with a chat's messages; `messages`, in rows without a prompt, if absent.
+        output_field: where the answer goes.
+        error_field: where it goes why there is none.
+        max_new_tokens: most tokens of an answer.
+        temperature: 0 is greedy.
+        top_p: 1 keeps all tokens.
+        top_k: 0 keeps all tokens.
+        stop: an answer ends before the first of these strings.
+        seed: of sampling; each row has random numbers of its own.
         batch_size: most rows of a batch; worked out if absent.
         dtype: auto (as stored), float32, bfloat16, float16, float64.
         split: of a dataset.
@@ -109,14 +117,34 @@ class Infer:
     num_workers: int | None = None
     devices: Sequence[str] | None = None
     engine: str = "auto"
-    fields: Fields = field(default_factory=Fields)
-    sampling: Sampling = field(default_factory=Sampling)
+    prompt_field: str | None = None
+    messages_field: str | None = None
+    output_field: str = "output"
+    error_field: str = "error"
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    stop: Sequence[str] = ()
+    seed: int = 0
     batch_size: int | None = None
     dtype: str = "auto"
     split: str = "train"
     resume: bool = False
     overwrite: bool = False
     progress: Progress = field(default_factory=lambda: Progress(enabled=False))
+
+    @property
+    def fields(self) -> Fields:
+        """The names of fields."""
+        return Fields(self.prompt_field, self.messages_field, self.output_field, self.error_field)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return Sampling(
+            self.max_new_tokens, self.temperature, self.top_p, self.top_k, tuple(self.stop), self.seed
+        )  # fmt: skip
 
     def run(self) -> Summary:
         """Answer every row, and write the output.
