@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -481,8 +484,11 @@ def test_a_run_killed_again_and_again_resumes_to_the_same_bytes(place: Path, vic
         if victims == "both":
             for pid in [pid for pid in workers if not gone(pid)]:
                 os.kill(pid, signal.SIGKILL)
-        run.kill()
-        run.communicate()
+        # The first time somebody presses Ctrl-C.
+        run.send_signal(signal.SIGINT if share == 1 and victims == "parent" else signal.SIGKILL)
+        _, said = run.communicate(timeout=20)
+        if share == 1 and victims == "parent":
+            assert run.returncode == 130 and b"--resume" in said
         until(lambda: all(gone(pid) for pid in workers))  # noqa: B023
         assert not (place / "out.jsonl").exists()
         kept = set(logged(place))
@@ -501,10 +507,40 @@ def test_a_run_killed_again_and_again_resumes_to_the_same_bytes(place: Path, vic
     assert not set(traced(place)[len(computed) :]) & kept
 
 
-def test_another_run_is_not_resumed_and_nothing_is_overwritten_unasked(place: Path, model: Path) -> None:
+def test_a_run_killed_at_its_very_end_is_finished_by_resume(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmconvert.infer.store import Store
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "discard", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            echo(place)
+    before = traced(place)
+    summary = echo(place, resume=True)
+    assert traced(place) == before and summary.resumed == summary.rows == 60
+    assert (place / "out.jsonl").read_bytes() == expected_bytes(place)
+    assert not work_directory(place / "out.jsonl").exists()
+
+
+def test_two_runs_to_one_output_do_not_meet(place: Path) -> None:
+    orders(place, sleep=0.05)
+    run = start(place)
+    until(lambda: logged(place))
+    with pytest.raises(Usage, match="another run is writing"):
+        echo(place, resume=True)
+    run.kill()
+    run.communicate()
+
+
+def test_another_run_is_not_resumed_and_nothing_is_overwritten_unasked(place: Path) -> None:
     orders(place, broken=True)
-    with pytest.raises(LlmconvertError):
-        echo(place, workers=1)
+    for _ in range(2):  # a run without any answer is not in the way
+        with pytest.raises(LlmconvertError, match="no such kernel"):
+            echo(place, workers=1)
+    orders(place, sleep=0.01)
+    run = start(place, "--num-workers", "2")
+    until(lambda: logged(place))
+    run.kill()
+    run.communicate()
     with pytest.raises(Usage, match="unfinished run"):
         echo(place)
     changes: list[tuple[str, dict[str, Any]]] = [
@@ -682,13 +718,14 @@ def test_what_cannot_be_done_is_said_before_anything_is_loaded(place: Path, capf
         (["--error-field", "output"], "one field"),
     ):  # fmt: skip
         code = run_main(*names, *arguments)
-        import re
-
         assert code == 2 and re.search(words_, capfd.readouterr().err), arguments
     assert run_main(names[0], names[1], names[1]) == 2 and "the output is the data" in capfd.readouterr().err
     assert run_main(names[0], str(place / "none.jsonl"), names[2]) == 2 and "no such data" in capfd.readouterr().err
     assert run_main(names[0], names[1], str(place / "x.parquet")) == 2 and "as JSONL only" in capfd.readouterr().err
-    if not __import__("importlib.util").util.find_spec("vllm"):
+    assert run_main(*names, "--engine", "no_such:Thing", "--devices", "cpu") == 2
+    assert "cannot be imported: No module named 'no_such'" in capfd.readouterr().err
+    shutil.rmtree(work_directory(place / "out.jsonl"))
+    if importlib.util.find_spec("vllm") is None:
         assert run_main(*names, "--engine", "vllm") == 2 and "pip install vllm" in capfd.readouterr().err
     assert {path.name for path in place.iterdir()} == {"model", "data.jsonl"}
 
@@ -738,8 +775,6 @@ def test_only_errors_end_in_exit_code_4(place: Path, capfd: pytest.CaptureFixtur
 
 
 def test_the_choice_of_an_engine_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.util
-
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else find(name))
     assert choose("auto", accelerators=True) == ("hf", "vLLM is not installed")

@@ -116,7 +116,8 @@ class Store:
 
     def _take_up(self, fingerprint: dict[str, Any], *, resume: bool, overwrite: bool) -> bool:
         recorded = self.path / _FINGERPRINT
-        if recorded.exists() and not overwrite:
+        begun = any(next(read_log(log), None) is not None for log in self.logs())
+        if recorded.exists() and begun and not overwrite:  # a run that got nowhere is in nobody's way
             if not resume:
                 raise Usage(
                     "an unfinished run to this output is there",

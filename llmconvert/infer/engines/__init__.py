@@ -66,7 +66,11 @@ def build(copy: Copy) -> Engine:
         LlmconvertError: it cannot be loaded, or what is needed is not installed.
     """
     module, name = _ENGINES.get(copy.engine) or copy.engine.split(":", 1)
-    engine: Engine = getattr(importlib.import_module(module), name)(copy)
+    try:
+        made = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise Usage(f"the engine `{copy.engine}` cannot be imported: {error}") from None
+    engine: Engine = made(copy)
     return engine
 
 
