@@ -11,6 +11,7 @@ import typer
 
 import llmconvert
 from llmconvert.cli import debug
+from llmconvert.cli.infer import infer
 from llmconvert.cli.output import Output, show_error
 from llmconvert.errors import LlmconvertError, Refused, Usage
 from llmconvert.spec.registry import Registry, registry
@@ -610,6 +611,9 @@ def new_spec(
         output.write_text(found.text, encoding="utf-8")
     for line in found.remarks:
         print(line, file=sys.stderr)
+
+
+app.command()(infer)
 
 
 def _register(known: Registry) -> None:
