@@ -144,6 +144,15 @@ def test_answers_equal_plain_generate_row_for_row(model: Path, stock: Any, promp
     )
 
 
+def test_the_canonical_class_answers_alike(model: Path, prompts: list[Any], tmp_path: Path) -> None:
+    from llmconvert.converters.huggingface import convert
+
+    convert(model, tmp_path / "canonical", to="canonical", verify="weights")
+    made = engine(tmp_path / "canonical", 7, max_new_tokens=8)
+    assert type(made.model).__name__ == "CanonicalForCausalLM"
+    assert outputs(made, prompts[:16]) == outputs(engine(model, 7, max_new_tokens=8), prompts[:16])
+
+
 def test_sampling_depends_on_the_row_and_the_seed_only(model: Path, prompts: list[Any]) -> None:
     options = {"max_new_tokens": 8, "temperature": 1.0, "top_k": 40, "top_p": 0.95, "seed": 3}
     alone = outputs(engine(model, 1, **options), prompts)
