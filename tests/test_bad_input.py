@@ -353,7 +353,9 @@ def _command(source: Path, destination: Path, *extra: str) -> list[str]:
     return [sys.executable, "-m", "llmconvert", "qwen-to-llama", str(source), str(destination), *extra]
 
 
-@pytest.mark.parametrize("moment", [1, 5, 20])
+@pytest.mark.parametrize(
+    "moment", [pytest.param(1, marks=pytest.mark.slow), 5, pytest.param(20, marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed(moment: int, tmp_path: Path) -> None:
     source = checkpoints.make("qwen2", tmp_path / "src", vocab_size=20011, num_hidden_layers=9)
     destination = tmp_path / "dst"

@@ -657,6 +657,7 @@ def test_the_command_answers_as_plain_generate(
     assert len(summary["workers"]) == 2 and sum(worker["rows"] for worker in summary["workers"]) == 49
 
 
+@pytest.mark.slow
 def test_10000_rows_through_4_workers_are_each_answered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "tests"))
     config = {"num_hidden_layers": 1, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2,
@@ -704,6 +705,7 @@ def test_two_copies_on_ray_write_the_same_bytes(cluster: None, model: Path, prom
     assert summary.engine == "ray:hf" and summary.rows == 48 and summary.errors == 0
 
 
+@pytest.mark.slow
 def test_four_copies_on_ray_survive_a_death_and_a_cursed_row(cluster: None, place: Path) -> None:
     (place / "trace").touch()
     orders(place, die={"17": 1}, sleep=0.02, **{"raise": {"40": 99}})

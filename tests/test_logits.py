@@ -95,6 +95,7 @@ def test_halves_of_post_norm_and_parallel_layers(cls: str, parallel: bool, tmp_p
     assert [d.place for d in report.departures] == ["layer 1, layer" if parallel else "layer 1, mlp"]
 
 
+@pytest.mark.slow
 def test_only_one_block_is_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny.make("llama", tmp_path / "one", num_hidden_layers=6)
     held, most = [], []

@@ -118,6 +118,7 @@ def saved(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [MIXTURE, LATENT], ids=["mixture", "latent"])
 def test_what_it_saves_of_experts_it_loads_on_any_grid(model: Model, tmp_path: Path) -> None:
     ids, cut, apart = ranks.input_ids(), Grid(tp=2, ep=2), Grid(tp=2, ep=2, etp=1)

@@ -412,3 +412,33 @@ def test_rewards_do_not_depend_on_padding_and_train(tmp_path: Path) -> None:
     model.config.pad_token_id = None
     with pytest.raises(ValueError, match="pad_token_id"):
         model(input_ids=_rows()["input_ids"])
+
+
+# Traits together that no published model has together: made with the class, and folded away for another architecture.
+
+MIXED = {
+    "qwen3": {"qk_norm": True, "attention_multiplier": 0.4, "residual_multiplier": 0.3, "logits_scaling": 3.0,
+              "embedding_multiplier": 2.0},
+    "glm4": {"branch_output_norm": True, "residual_multiplier": 0.3, "unit_offset_norm": True, "qkv_bias": True,
+             "attention_multiplier": 0.4},
+    "qwen3_moe": {"qk_norm": True, "residual_multiplier": 0.3, "unit_offset_norm": True, "num_experts": 4,
+                  "num_experts_per_tok": 2, "moe_layers": [True] * 3, "moe_intermediate_size": 24},
+    "deepseek_v2": {"num_key_value_heads": 6, "head_dim": 8, "rotary_dim": 8, "rotary_interleaved": True, "kv_lora_rank": 16,
+                    "q_lora_rank": 24, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 20, "num_experts": 4,
+                    "num_experts_per_tok": 2, "moe_layers": [False, True, True], "moe_intermediate_size": 24,
+                    "shared_expert_intermediate_size": 48, "residual_multiplier": 0.3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", MIXED)
+def test_traits_are_folded_where_a_norm_or_experts_follow(target: str, tmp_path: Path) -> None:
+    config = CanonicalModelConfig(
+        **{"vocab_size": 131, "hidden_size": 48, "intermediate_size": 104, "num_hidden_layers": 3, "num_attention_heads": 6,
+           "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, **MIXED[target]}
+    )  # fmt: skip
+    model = CanonicalForCausalLM(config)
+    checkpoints.randomise(model, 3)
+    model.save_pretrained(tmp_path / "canonical")
+    report = convert(tmp_path / "canonical", tmp_path / "out", to=target)
+    assert report.logits is not None and report.logits["verdict"]
+    assert any(step["exactness"] == "exact to rounding" for step in report.steps)

@@ -228,6 +228,7 @@ print(peak - base)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_expert_not_of_all(tmp_path: Path) -> None:
     peaks = []
     for count in (4, 32):

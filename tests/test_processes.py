@@ -52,7 +52,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return source, folder / "ranks"
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_many_processes_write_what_one_writes(count: int, alone: tuple[Path, Path], tmp_path: Path) -> None:
     source, expected = alone
     done = _launch(count, _script(tmp_path, "split", source, tmp_path / "ranks", *_SPLIT))

@@ -13,7 +13,14 @@ from transformers import Trainer
 Results = dict[str, Any]
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=lambda size: f"{size}_processes")
+# All tests of one run go to one worker: the run is made once.
+SIZES = [
+    pytest.param(2, marks=pytest.mark.xdist_group("two processes"), id="2_processes"),
+    pytest.param(4, marks=[pytest.mark.xdist_group("four processes"), pytest.mark.slow], id="4_processes"),
+]
+
+
+@pytest.fixture(scope="module", params=SIZES)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """What all cases gave, in one run of so many processes."""
     folder = tmp_path_factory.mktemp("ranks")
