@@ -229,6 +229,10 @@ def test_generation_with_a_cache_is_generation_without(tmp_path: Path) -> None:
             for cached in (True, False)
         ]
         assert torch.equal(*made), arch
+        fixed = model.generate(
+            **rows, max_new_tokens=12, do_sample=False, cache_implementation="static", pad_token_id=0
+        )
+        assert torch.equal(fixed, made[0]), arch
 
 
 def test_checkpointed_gradients_are_the_gradients(tmp_path: Path) -> None:

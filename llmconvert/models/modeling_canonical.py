@@ -120,6 +120,8 @@ class CanonicalModelConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
         for name, value in given.items():
             setattr(self, name, list(value) if isinstance(value, tuple) else value)
+        if layer_types is None:
+            del self.layer_types  # to transformers a config that has it has layers of several kinds
         self.tie_word_embeddings = tie_word_embeddings
         self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
@@ -130,6 +132,7 @@ class CanonicalModelConfig(PretrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON, rotary settings in the form every release of transformers reads."""
         result: dict[str, Any] = super().to_dict()
+        result.setdefault("layer_types", None)
         rope = dict(result.pop("rope_parameters", None) or {})
         result["rope_theta"] = rope.pop("rope_theta", 10000.0)
         result["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
@@ -141,7 +144,8 @@ class CanonicalModelConfig(PretrainedConfig):
 
     def window(self, layer: int) -> int | None:
         """How many tokens back a layer sees, or None for all."""
-        if self.layer_types is not None and self.layer_types[min(layer, self.num_hidden_layers - 1)] != _SLIDING:
+        types = getattr(self, "layer_types", None)
+        if types is not None and types[min(layer, self.num_hidden_layers - 1)] != _SLIDING:
             return None
         return self.sliding_window
 
@@ -610,9 +614,16 @@ class CanonicalModel(CanonicalPreTrainedModel):
         self.embed_tokens = value
 
     def _masks(
-        self, embeds: Tensor, attention_mask: Tensor | None, cache: Cache | None, position_ids: Tensor, past: int
+        self,
+        embeds: Tensor,
+        attention_mask: Tensor | dict[str, Any] | None,
+        cache: Cache | None,
+        position_ids: Tensor,
+        past: int,
     ) -> dict[str, Any]:
         """A mask a type of layer, in the form the attention implementation takes."""
+        if isinstance(attention_mask, dict):  # made by `generate` already, for a cache of fixed size
+            return {kind: self._biased(mask, embeds, position_ids, past) for kind, mask in attention_mask.items()}
         arguments: dict[str, Any] = {
             "config": self.config,
             "inputs_embeds" if "inputs_embeds" in _MASK else "input_embeds": embeds,
@@ -627,16 +638,16 @@ class CanonicalModel(CanonicalPreTrainedModel):
         windows = {self.config.window(i) is not None for i in range(self.config.num_hidden_layers)}
         makers = {_SLIDING: create_sliding_window_causal_mask, _FULL: create_causal_mask}
         masks = {kind: make(**arguments) for kind, make in makers.items() if (kind == _SLIDING) in windows}
-        if self.config.alibi:
-            masks = {kind: self._with_alibi(mask, embeds, position_ids, past) for kind, mask in masks.items()}
-        return masks
+        return {kind: self._biased(mask, embeds, position_ids, past) for kind, mask in masks.items()}
 
-    def _with_alibi(self, mask: Tensor | None, embeds: Tensor, position_ids: Tensor, past: int) -> Tensor:
-        """The mask with ALiBi's biases, [batch, heads, queries, keys] in the embeddings' dtype.
+    def _biased(self, mask: Any, embeds: Tensor, position_ids: Tensor, past: int) -> Any:
+        """The mask as it is without ALiBi; else with ALiBi's biases, [batch, heads, queries, keys] in the embeddings' dtype.
 
         A row of scores may be shifted by any constant, so distances are counted from the query, where they round least:
         between positions where all are known, else between places.
         """
+        if not self.config.alibi:
+            return mask
         device, tokens = embeds.device, embeds.shape[1]
         if mask is None:
             keys = torch.arange(past + tokens, device=device)

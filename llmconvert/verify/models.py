@@ -174,7 +174,8 @@ def _register(config: dict[str, Any]) -> None:
 
 
 def _refused(error: Exception, directory: Path) -> Refused:
-    first = (str(error) or type(error).__name__).splitlines()[0]
+    lines = (str(error) or type(error).__name__).splitlines()
+    first = lines[0] if len(lines) < 2 or not lines[0].endswith(":") else f"{lines[0]} {lines[1].strip()}"
     return Refused(f"transformers cannot load it: {first}", where=str(directory))
 
 
@@ -234,7 +235,9 @@ def empty_model(directory: Path, dtype: torch.dtype, attention: str = "eager") -
             model: nn.Module = transformers.AutoModelForCausalLM.from_config(
                 known, trust_remote_code=False, **_options(dtype, attention)
             )
-        except (ValueError, KeyError, ImportError, OSError, AttributeError) as error:
+        except LlmconvertError:
+            raise
+        except Exception as error:  # its configs validate themselves, with errors of several libraries
             raise _refused(error, directory) from None
     model.tie_weights()  # type: ignore[operator]
     return model.eval()
