@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 import llmconvert
-from llmconvert.cli import debug
+from llmconvert.cli import channel_loss, debug
 from llmconvert.cli.infer import infer
 from llmconvert.cli.output import Output, show_error
 from llmconvert.errors import LlmconvertError, Refused, Usage
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 
 app.add_typer(debug.app, name="debug")
+app.add_typer(channel_loss.app, name="channel-loss")
 
 Source = Annotated[
     str, typer.Argument(metavar="SRC", help="checkpoint directory, or a hub id such as Qwen/Qwen2.5-7B[@revision]")
