@@ -1,4 +1,7 @@
-"""The canonical modelling class and what goes with it; importing this registers it with transformers' Auto classes."""
+"""The canonical modelling class and what goes with it.
+
+Its classes are imported, and made known to transformers' Auto classes, when one is first asked for.
+"""
 
 from __future__ import annotations
 

@@ -545,6 +545,10 @@ class CanonicalPreTrainedModel(PreTrainedModel):
         _rest(found[0] if isinstance(found, tuple) else found)
         return found
 
+    def extra_repr(self) -> str:
+        """Shown when the model is printed."""
+        return f"attention={self.attention}"
+
     @property
     def attention(self) -> str:
         """The attention implementation in use."""
