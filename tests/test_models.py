@@ -174,6 +174,7 @@ def test_sdpa_and_eager_are_one_function(arch: str, tmp_path: Path) -> None:
     eager = CanonicalForCausalLM.from_pretrained(canonical, attn_implementation="eager")
     chosen = CanonicalForCausalLM.from_pretrained(canonical)
     assert chosen.attention == ("eager" if arch == "gemma2" else "sdpa")  # SDPA has no soft cap
+    assert f"attention={chosen.attention}" in str(chosen)
     with torch.no_grad():
         assert _apart(_logits(chosen, **rows), _logits(eager, **rows), rows["attention_mask"]) < 5e-6
         unpadded = rows["input_ids"][:1]
