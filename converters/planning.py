@@ -20,7 +20,7 @@ from llmconvert.checkpoint.directory import Checkpoint, open_checkpoint
 from llmconvert.checkpoint.dtypes import FLOATS, FROM_NAME, ITEMSIZE, TO_NAME
 from llmconvert.converters.companions import Companions, companions
 from llmconvert.engine import manifest
-from llmconvert.engine.plan import INDEX, Plan, lay_out, parse_size
+from llmconvert.engine.plan import Plan, index_texts, lay_out, parse_size
 from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.spec.dialect import Lifted, emit, keys_read, lift, read_config, write_config
 from llmconvert.spec.fused import unfused
@@ -169,14 +169,7 @@ def plan_conversion(
     except Refused as error:
         raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(e.nbytes for e in tensors.values())},
-            "weight_map": {output.name: output.file for output in outputs},
-        }
-        texts[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
-    for name in target.code:
-        texts[name] = (resources.files("llmconvert") / "models" / name).read_bytes()
+    texts |= index_texts(outputs, files) | code_texts(target)
     extra: Companions = companions(checkpoint)
     own_file = known.files[spec.name]
     summary = {
@@ -198,6 +191,12 @@ def plan_conversion(
     return Conversion(
         checkpoint, spec, lifted, target, model, steps, code, keep_fp8, plan, ledger, all_notes, extra.left
     )
+
+
+def code_texts(target: Spec) -> dict[str, bytes]:
+    """The modelling files that go with a target, by name."""
+    folder = resources.files("llmconvert") / "models"
+    return {name: (folder / name).read_bytes() for name in target.code}
 
 
 def elsewhere(checkpoint: Checkpoint) -> str:

@@ -23,7 +23,7 @@ from llmconvert.converters.planning import FP8_BLOCKS, Conversion, checked_away,
 from llmconvert.converters.proofs import Proving, rounded_tensors
 from llmconvert.converters.returning import return_pairs
 from llmconvert.converters.running import Progress, Report, run
-from llmconvert.engine.plan import INDEX, lay_out, parse_size
+from llmconvert.engine.plan import INDEX, index_texts, lay_out, parse_size
 from llmconvert.engine.publish import check_destination
 from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.tensors.expressions import Check, Expression, cast, fill, stored
@@ -242,12 +242,7 @@ def _with_head(
     texts = {**conversion.plan.texts, **_config_text(conversion, head, pad_token_id, notes)}
     texts.pop(INDEX, None)
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
-    if len(files) > 1:
-        index = {
-            "metadata": {"total_size": sum(e.nbytes for e in tensors.values())},
-            "weight_map": {output.name: output.file for output in outputs},
-        }
-        texts[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    texts |= index_texts(outputs, files)
     identity = conversion.plan.identity + json.dumps([head, [(f.name, f.size, f.digest) for f in files]])
     plan = replace(
         conversion.plan, tensors=outputs, files=files, texts=texts, checks=tuple(checks), identity=identity,

@@ -23,11 +23,12 @@ from llmconvert.converters.megatron.layout import dist_cut
 from llmconvert.converters.megatron.parts import IMPLEMENTATIONS, Cut
 from llmconvert.converters.megatron.shards import Joined, assembled, find_implementation, join, split, where
 from llmconvert.converters.megatron.split import HF_FOLDER
+from llmconvert.converters.planning import code_texts
 from llmconvert.converters.proofs import LOGITS, Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import unlowered
 from llmconvert.converters.running import Progress, Report, run
 from llmconvert.engine import manifest
-from llmconvert.engine.plan import INDEX, Plan, lay_out, parse_size
+from llmconvert.engine.plan import Plan, index_texts, lay_out, parse_size
 from llmconvert.engine.publish import check_destination
 from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.spec.dialect import emit, keys_read, lift, read_config, write_config
@@ -237,10 +238,7 @@ def plan_merge(
     config, notes = _config(opened, target, model.config, main)
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
     texts = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
-    if len(files) > 1:
-        total = sum(e.nbytes for e in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": {o.name: o.file for o in outputs}}
-        texts[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    texts |= index_texts(outputs, files) | code_texts(target)
     copies: dict[str, Path] = {}
     if (path / HF_FOLDER).is_dir():
         extra = companions(Checkpoint(path / HF_FOLDER, opened.origin[1] if opened.origin else {}, {}))

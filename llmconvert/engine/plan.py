@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,3 +159,12 @@ def lay_out(
         outputs += [OutputTensor(key, name, offsets[key], e) for key, e in shard.items()]
         files.append(WeightFile(name, len(prefix) + sum(e.nbytes for e in shard.values()), ((0, prefix),)))
     return tuple(outputs), tuple(files)
+
+
+def index_texts(outputs: Sequence[OutputTensor], files: Sequence[WeightFile]) -> dict[str, bytes]:
+    """The index that says which file holds which tensor, by its name; empty for a single file."""
+    if len(files) < 2:
+        return {}
+    total = sum(output.expression.nbytes for output in outputs)
+    index = {"metadata": {"total_size": total}, "weight_map": {output.name: output.file for output in outputs}}
+    return {INDEX: (json.dumps(index, indent=2) + "\n").encode()}
