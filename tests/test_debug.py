@@ -117,7 +117,7 @@ def test_the_canonical_class_shows_itself(folder: Path, tmp_path: Path, capsys: 
 def test_megatron_shards_are_looked_at_alike(folder: Path, tmp_path: Path) -> None:
     from llmconvert.converters.megatron.grid import Grid
     from llmconvert.converters.megatron.merge import merge_checkpoint
-from llmconvert.converters.megatron.split import split_checkpoint
+    from llmconvert.converters.megatron.split import split_checkpoint
 
     split_checkpoint(folder / "llama_bias", tmp_path / "shards", Grid(tp=2, pp=3), verify="weights")
     merge_checkpoint(tmp_path / "shards", tmp_path / "canonical", to="canonical", verify="weights")
