@@ -1,10 +1,12 @@
 """The canonical layout itself: every trait, one scheme of names, one tensor an expert.
 
-Its config.json states each attribute of `llmconvert.canonical.model.CanonicalConfig` under the attribute's own name.
+Its config.json states each attribute of `llmconvert.canonical.model.CanonicalConfig` under the attribute's own name, but
+for the rotary base and rescaling, which are `rope_parameters`.
 """
 
 from llmconvert.canonical.model import TRAITS
 from llmconvert.spec.language import Field, Spec, Window
+from llmconvert.spec.rope import RopeParameters
 
 SPEC = Spec(
     name="canonical",
@@ -17,9 +19,8 @@ SPEC = Spec(
         Field("num_key_value_heads", "num_key_value_heads"),
         Field("rms_norm_eps", "rms_norm_eps"),
         Field("max_position_embeddings", "max_position_embeddings"),
-        Field("rope_theta", "rope_theta"),
+        RopeParameters(),
         Field("rotary_dim", "rotary_dim"),
-        Field("rope_scaling", "rope_scaling", default=None),
         Field("rotary_interleaved", "rotary_interleaved", default=False),
         Field("rotary_padded", "rotary_padded", default=False),
         Field("qkv_bias", "qkv_bias", default=False),

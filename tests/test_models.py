@@ -10,6 +10,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
@@ -164,7 +165,18 @@ def test_a_trait_that_is_ignored_is_seen(tmp_path: Path) -> None:
 
 def test_the_config_says_what_the_canonical_config_does() -> None:
     theirs = {field.name for field in dataclasses.fields(CanonicalConfig)} - {"mtp_copies", "dtype"}
-    assert theirs <= set(CanonicalModelConfig().to_dict())
+    said = CanonicalModelConfig().to_dict()
+    assert theirs - {"rope_theta", "rope_scaling"} <= set(said) and said["rope_parameters"]["rope_theta"] == 10000.0
+    old = CanonicalModelConfig(rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})
+    assert old.rope_parameters == {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}
+
+
+def test_a_tokenizer_is_found_without_trusting_the_code(tmp_path: Path) -> None:
+    import transformers
+
+    tiny.make("deepseek_v3", tmp_path / "a", tokenizer=True, num_nextn_predict_layers=0)  # with YaRN
+    convert(tmp_path / "a", tmp_path / "b", to="canonical", verify="weights")
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "b")("the quick fox")["input_ids"]
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "baichuan_13b", "deepseek_v3", "mistral_sliding", "granite"])

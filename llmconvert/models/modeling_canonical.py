@@ -63,7 +63,7 @@ class CanonicalModelConfig(PretrainedConfig):
         max_position_embeddings: int = 2048,
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 10000.0,
-        rope_scaling: dict[str, Any] | None = None,
+        rope_scaling: dict[str, Any] | None = None,  # with `rope_theta` the form of transformers 4
         rope_parameters: dict[str, Any] | None = None,
         rotary_dim: int | None = None,
         rotary_interleaved: bool = False,
@@ -130,13 +130,8 @@ class CanonicalModelConfig(PretrainedConfig):
         self.rope_parameters = {"rope_theta": theta, "rope_type": kind, **rope}
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as JSON, rotary settings in the form every release of transformers reads."""
-        result: dict[str, Any] = super().to_dict()
-        result.setdefault("layer_types", None)
-        rope = dict(result.pop("rope_parameters", None) or {})
-        result["rope_theta"] = rope.pop("rope_theta", 10000.0)
-        result["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
-        return result
+        """The config as JSON."""
+        return {"layer_types": None, **super().to_dict()}
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer is a mixture of experts."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmconvert.canonical.model import CanonicalConfig
 from llmconvert.errors import BadInput, Refused
-from llmconvert.spec.rope import Rope
+from llmconvert.spec.rope import Rope, RopeParameters
 
 REQUIRED = "REQUIRED"
 """The default of a field whose key must be present: sizes are never guessed."""
@@ -463,6 +463,7 @@ AnyField = (
     | WithoutKey
     | Window
     | Rope
+    | RopeParameters
 )
 
 LLAMA_FIELDS: tuple[AnyField, ...] = (

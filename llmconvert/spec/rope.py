@@ -150,6 +150,36 @@ class Rope:
         return written
 
 
+@dataclass(frozen=True)
+class RopeParameters:
+    """Base and rescaling as the canonical class has them, in the form of transformers 5; both forms are read.
+
+    A config of an unknown type with `rope_scaling` breaks transformers 5.23, which looks at it to find a tokenizer.
+    """
+
+    attributes = ("rope_theta", "rope_scaling")
+    keys: tuple[str, ...] = ("rope_parameters", "rope_theta", "rope_scaling")
+
+    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
+        """Base and rescaling.
+
+        Raises:
+            BadInput: there is no base.
+        """
+        parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        theta = parameters.pop("rope_theta", config.get("rope_theta"))
+        if theta is None:
+            raise BadInput("`rope_parameters` has no `rope_theta`", where="config.json")
+        parameters["rope_type"] = parameters.get("rope_type") or parameters.pop("type", "default")
+        return {"rope_theta": theta, "rope_scaling": None if parameters["rope_type"] == "default" else parameters}
+
+    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
+        """The key."""
+        return {
+            "rope_parameters": {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
+        }
+
+
 def _complete_longrope(scaling: dict[str, Any], max_position_embeddings: int) -> None:
     """State factor and attention factor, which Phi-3 derives from two context lengths (LongRoPE, section 3)."""
     original = scaling.setdefault("original_max_position_embeddings", max_position_embeddings)
