@@ -55,6 +55,9 @@ NATIVE: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3_partial": ("Phi3Config", {"partial_rotary_factor": 0.75, "hidden_size": 96}),
     "phi3_longrope": ("Phi3Config", {"original_max_position_embeddings": 64, "rope_scaling": {
         "type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 2.0, 3.0, 5.0]}}),
+    "phi3_partial_longrope": ("Phi3Config", {
+        "partial_rotary_factor": 0.75, "hidden_size": 96, "original_max_position_embeddings": 64, "rope_scaling": {
+            "type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.7, 2.0, 2.1], "long_factor": [1.0, 2.0, 3.0, 5.0, 6.0, 7.0]}}),
     "gemma": ("GemmaConfig", {"head_dim": 16}),
     "gemma2": ("Gemma2Config", {"head_dim": 16, "query_pre_attn_scalar": 9, "sliding_window": 7,
                                 "attn_logit_softcapping": 5.0, "final_logit_softcapping": 4.0}),

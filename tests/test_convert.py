@@ -18,7 +18,8 @@ from llmconvert.verify.logits import compare_logits
 TO_LLAMA = {
     "qwen": 1e-5, "qwen_2023": 1e-5, "qwen2": 0.0, "qwen2_tied": 0.0, "qwen2_yarn": 0.0, "baichuan": 1e-5,
     "baichuan2": 1e-5, "yi": 1e-5, "chatglm2": 1e-5, "chatglm_mha": 1e-5, "glm4_9b": 1e-5, "glm": 1e-5,
-    "mistral": 0.0, "internlm2": 1e-5, "phi3": 1e-5, "phi3_partial": 1e-4, "phi3_longrope": 1e-5, "gemma": 1e-5, "granite": 1e-5,
+    "mistral": 0.0, "internlm2": 1e-5, "phi3": 1e-5, "phi3_partial": 1e-4, "phi3_longrope": 1e-5,
+    "phi3_partial_longrope": 1e-5, "gemma": 1e-5, "granite": 1e-5,
     "seed_oss": 0.0, "ernie4_5": 1e-5, "ernie4_5_tied": 1e-5, "llama": 0.0, "llama_bias": 0.0, "llama_llama3": 0.0,
 }  # fmt: skip
 BACK = {
@@ -116,3 +117,12 @@ def test_every_quirk_matters(arch: str, trait: str, tmp_path: Path, monkeypatch:
     source = checkpoints.make(arch, tmp_path / "src")
     convert(source, tmp_path / "dst", to="llama", verify="none")
     assert compare_logits(source, tmp_path / "dst").relative > 1e-2
+
+
+def test_an_attention_factor_scales_what_is_rotated_and_nothing_else(tmp_path: Path) -> None:
+    """There and home to rounding, both proved by logits: LongRoPE on part of each head (Phi-4-mini)."""
+    checkpoints.make("phi3_partial_longrope", tmp_path / "a")
+    for source, target in (("a", "llama"), ("llama", "phi3")):
+        report = convert(tmp_path / source, tmp_path / target, to=target)
+        assert any("attention factor" in step["name"] for step in report.steps)
+        assert report.logits is not None and report.logits["verdict"]

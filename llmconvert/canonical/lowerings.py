@@ -13,7 +13,16 @@ from dataclasses import replace
 from llmconvert.canonical import model as canonical
 from llmconvert.canonical.experts import GIVE_COPIES, GIVE_SHARED_GATE, TAKE_COPIES, TAKE_SHARED_GATE
 from llmconvert.canonical.model import TRAITS, CanonicalConfig, CanonicalModel, traits
-from llmconvert.canonical.rotary import DEINTERLEAVE, INTERLEAVE, PAD, UNPAD, WIDEN
+from llmconvert.canonical.rotary import (
+    DEINTERLEAVE,
+    INTERLEAVE,
+    PAD,
+    UNPAD,
+    UNROTATED_DOWN,
+    UNROTATED_UP,
+    WIDEN,
+    scales_rotation,
+)
 from llmconvert.canonical.step import EXACT, ONE_WAY, ROUNDED, Step, edit, rounded
 from llmconvert.checkpoint.dtypes import in_dtype
 from llmconvert.errors import Refused
@@ -331,7 +340,11 @@ def lower(
         take(_UNTIE)
     for trait, step in REMOVE.items():
         if trait in surplus and trait in traits(model.config):
+            if trait == "partial_rotary" and scales_rotation(model.config):
+                take(UNROTATED_DOWN)
             take(step)
+            if trait == "padded_rotary" and scales_rotation(model.config):
+                take(UNROTATED_UP)
     for trait, step in ADD.items():
         if trait in always and trait not in traits(model.config):
             take(step)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from llmconvert.canonical import model as canonical
 from llmconvert.canonical.model import CanonicalConfig, CanonicalModel
 from llmconvert.canonical.step import EXACT, ROUNDED, Step, edit, rounded
-from llmconvert.tensors.expressions import gather, scale
+from llmconvert.tensors.expressions import Expression, gather, interleave, scale
 
 # Rotary layouts. A head's rows are permuted alike in q and k, so every q·k product is a sum of the same terms.
 
@@ -76,6 +76,45 @@ UNPAD = Step(
     PAD.why,
     lambda m: _permute(m, _inverse(_order(m, padded)), rotary_padded=False),
     lambda m, before: _permute(m, _order(m, padded), rotary_padded=True),
+)
+
+
+# LongRoPE multiplies cosines and sines by a factor, and so the rotated dimensions of q and k. Padded, the others have a
+# cosine too, of one times the factor.
+
+
+def scales_rotation(config: CanonicalConfig) -> bool:
+    """Whether rotated dimensions are scaled as they are rotated (LongRoPE's and YaRN's attention factor)."""
+    return (config.rope_scaling or {}).get("attention_factor", 1.0) not in (None, 1.0)
+
+
+def _scale_unrotated(model: CanonicalModel, power: int) -> CanonicalModel:
+    c = model.config
+    factor = float((c.rope_scaling or {})["attention_factor"]) ** power
+    sizes = (c.rotary_dim, c.head_dim - c.rotary_dim)
+
+    def rewrite(expression: Expression) -> Expression:
+        turned = gather(expression, range(c.rotary_dim), c.head_dim)
+        rest = gather(expression, range(c.rotary_dim, c.head_dim), c.head_dim)
+        return interleave([turned, rounded(lambda e: scale(e, factor))(rest)], sizes)
+
+    modules = (canonical.Q_NORM, canonical.K_NORM) if c.qk_norm else (canonical.Q, canonical.K)
+    return replace(model, tensors=edit(model, modules, rewrite))
+
+
+UNROTATED_DOWN = Step(
+    "divide the unrotated dimensions of q and k by the attention factor",
+    ROUNDED,
+    "a pair with frequency zero is multiplied by the factor as rotated ones are, in q and in k",
+    lambda m: _scale_unrotated(m, -1),
+    lambda m, before: _scale_unrotated(m, 1),
+)
+UNROTATED_UP = Step(
+    "multiply the unrotated dimensions of q and k by the attention factor",
+    ROUNDED,
+    "the target leaves them as they are",
+    lambda m: _scale_unrotated(m, 1),
+    lambda m, before: _scale_unrotated(m, -1),
 )
 
 
