@@ -445,6 +445,26 @@ class _Stream(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         return iter(rows(40, seed=3))
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_channels_lie_where_the_mask_says_tokens_do(left: bool) -> None:
+    """A collator without a tokenizer tells the side by its mask alone."""
+    from llmconvert.training.trainer import ChannelCollator
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        width = max(len(row["input_ids"]) for row in rows)
+        ids = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            size = len(row["input_ids"])
+            place = slice(width - size, None) if left else slice(0, size)
+            ids[number, place], mask[number, place] = torch.tensor(row["input_ids"]), 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids}
+
+    rows = [{"input_ids": [1] * n, "channel": ["web", "code"] * (n // 2)} for n in (2, 6)]
+    found = ChannelCollator(collate, ["web", "code"])(rows)["channel"]
+    assert found.tolist() == [[-1, -1, -1, -1, 0, 1] if left else [0, 1, -1, -1, -1, -1], [0, 1] * 3]
+
+
 def test_streamed_rows_need_names(runs: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(Usage, match="streamed"):
         trainer_of("mixin", tmp_path, train_dataset=_Stream())

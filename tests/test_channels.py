@@ -94,6 +94,34 @@ def test_broken_lines_and_outputs_in_the_way(tmp_path: Path) -> None:
         assign(tmp_path / "c.jsonl", tmp_path / "d.parquet", Rule(("a",)))
 
 
+def test_nothing_but_an_earlier_output_is_replaced(tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "proj/data/a.jsonl").parent
+    other = tmp_path / "proj/notes.txt"
+    other.write_text("precious")
+    for output in (tmp_path / "proj", data, data / "out", data / "a.jsonl"):
+        with pytest.raises(Usage, match="in one another"):
+            assign(data, output, Rule(("a",)), overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "proj")
+    with pytest.raises(Usage, match="link"):
+        assign(jsonl(tmp_path / "b.jsonl").parent / "b.jsonl", tmp_path / "link", Rule(("a",)), overwrite=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/keep.txt").write_text("precious")
+    with pytest.raises(Usage, match="other things"):
+        assign(data, tmp_path / "full", Rule(("a",)), overwrite=True)
+    assert other.read_text() == "precious" and (data / "a.jsonl").is_file() and (tmp_path / "full/keep.txt").is_file()
+    for _ in range(2):  # what it made itself it replaces
+        assign(data, tmp_path / "out", Rule(("a",)), overwrite=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.jsonl"]
+
+
+def test_line_endings_and_odd_text_stay(tmp_path: Path) -> None:
+    source = b'{"x": "\\ud800"}\r\n\r\n{"x": "b"}'
+    (tmp_path / "a.jsonl").write_bytes(source)
+    assign(tmp_path / "a.jsonl", tmp_path / "b.jsonl", Rule(field="x"))
+    expected = b'{"x": "\\ud800", "channel": "\\ud800"}\r\n\r\n{"x": "b", "channel": "b"}'
+    assert (tmp_path / "b.jsonl").read_bytes() == expected
+
+
 # Curves.
 
 
@@ -133,6 +161,14 @@ def test_event_files_of_a_run_and_its_continuation_are_one(tmp_path: Path) -> No
         writer.close()
     (curve,) = read_curves(tmp_path)
     assert curve.losses == (5.0,) * 6 + (7.0,) * 4
+
+
+def test_channels_may_be_called_anything(tmp_path: Path) -> None:
+    entry = {"step": 1, "loss": 1.0, "loss/total": 2.0, "loss/my_loss": 3.0, "tokens/my_loss": 5, "learning_rate": 1}
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 1, "log_history": [entry]}))
+    found = {curve.channel: curve for curve in read_curves(tmp_path)}
+    assert {name: curve.losses for name, curve in found.items()} == {TOTAL: (1.0,), "total": (2.0,), "my_loss": (3.0,)}
+    assert found["my_loss"].tokens == 5
 
 
 def test_smoothing_starts_at_the_first_value_and_passes_over_nan() -> None:

@@ -144,6 +144,40 @@ def test_answers_equal_plain_generate_row_for_row(model: Path, stock: Any, promp
     )
 
 
+def test_rows_do_not_choose_each_others_rotary_frequencies(prompts: list[Any], tmp_path: Path) -> None:
+    """Models whose frequencies change with the length of the longest row (LongRoPE) are not batched across the change."""
+    import transformers
+
+    directory = tiny.make(
+        "phi3", tmp_path / "phi", original_max_position_embeddings=32,
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 4.0, 9.0, 16.0]},
+    )  # fmt: skip
+    write_tokenizer(directory, VOCABULARY)
+    stock = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    asked = prompts[:20]
+    assert outputs(engine(directory, 8, max_new_tokens=6), asked) == [plain(directory, stock, p, 6) for p in asked]
+
+
+def test_stop_strings_of_the_checkpoint_end_answers(model: Path, prompts: list[Any], tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    config = json.loads((tmp_path / "model/generation_config.json").read_text())
+    whole = outputs(engine(model, 4, max_new_tokens=8), prompts[:12])
+    stop = next(text.split()[1] for text in whole if text and len(text.split()) > 2)
+    (tmp_path / "model/generation_config.json").write_text(json.dumps(config | {"stop_strings": [stop]}))
+    cut = outputs(engine(tmp_path / "model", 4, max_new_tokens=8), prompts[:12])
+    assert cut != whole and all(stop not in (text or "") for text in cut)
+
+
+def test_null_columns_and_numbers_json_has_no_word_for() -> None:
+    from llmconvert.infer.rows import Fields, Row, to_line
+
+    chat = [{"role": "user", "content": "hi"}]
+    assert Fields().prompt_of(Row(0, {"prompt": None, "messages": chat})) == chat
+    assert Fields().prompt_of(Row(0, {"prompt": "hi", "messages": None})) == "hi"
+    line = to_line({"x": float("nan"), "y": [float("-inf"), 1.5]})
+    assert json.loads(line, parse_constant=lambda name: pytest.fail(name)) == {"x": "NaN", "y": ["-Infinity", 1.5]}
+
+
 def test_the_canonical_class_answers_alike(model: Path, prompts: list[Any], tmp_path: Path) -> None:
     from llmconvert.converters.huggingface import convert
 

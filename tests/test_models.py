@@ -25,7 +25,8 @@ from llmconvert.verify.models import load_model
 
 # Of each trait at least one model, and of each implementation it comes from.
 ARCHS = (
-    "llama_bias", "llama_llama3", "qwen2_tied", "mistral_sliding", "glm", "phi3_partial", "phi3_longrope", "phi3_partial_longrope", "gemma", "gemma2",
+    "llama_bias", "llama_llama3", "qwen2_tied", "mistral_sliding", "glm", "phi3_partial", "phi3_longrope",
+    "phi3_partial_longrope", "gemma", "gemma2",
     "granite", "qwen3", "qwen3_mixed", "glm4", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v2_lite",
     "deepseek_v3", "glm4_moe", "qwen", "baichuan2", "baichuan_13b", "chatglm2", "internlm2", "deepseek_moe",
 )  # fmt: skip

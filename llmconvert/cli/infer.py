@@ -57,7 +57,7 @@ def infer(
     from llmconvert.infer.progress import Progress
     from llmconvert.infer.run import Infer
 
-    if batch_size != "auto" and not batch_size.isdigit():
+    if batch_size != "auto" and not (batch_size.isascii() and batch_size.isdigit()):
         raise Usage(f"--batch-size is {batch_size!r}", hint="a number of rows, or auto")
     run = Infer(
         model, data, out, num_workers,

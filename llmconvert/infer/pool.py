@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from llmconvert.errors import LlmconvertError
+from llmconvert.errors import InputOutput, LlmconvertError
 from llmconvert.infer.batches import Batch
 from llmconvert.infer.engines import Copy
 from llmconvert.infer.store import Answer, Log, Store, read_log
@@ -164,7 +164,10 @@ class Pool:
             worker.batch, worker.idle = None, True
         elif isinstance(message, Failed):
             worker.fault = message
-            if message.loading and message.error is not None:
+            disk = isinstance(message.error, InputOutput)
+            if disk and message.error is not None:
+                message.error.hint = "make room and repeat with `--resume`: what is done is kept"
+            if message.error is not None and (message.loading or disk):
                 raise message.error
 
     def _count(self, worker: _Worker, rows: list[int], errors: int, tokens: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -226,9 +227,10 @@ class Fields:
                 raise BadRow(f"the row has a field `{own}` of its own, where the result should go")
         default = self.prompt is None and self.messages is None
         names: tuple[str | None, ...] = ("prompt", "messages") if default else (self.prompt, self.messages)
-        for name in names:
-            if name is not None and name in row.fields:
-                return _asked(name, row.fields[name])
+        present = [name for name in names if name is not None and name in row.fields]
+        # In columns a field that a row lacks is null.
+        for name in [name for name in present if row.fields[name] is not None] or present:
+            return _asked(name, row.fields[name])
         wanted = " or ".join(f"`{name}`" for name in names if name is not None)
         raise BadRow(f"the row has no field {wanted}")
 
@@ -268,6 +270,19 @@ def _plain(value: Any) -> Any:
 def to_line(fields: dict[str, Any]) -> bytes:
     """One line of JSONL."""
     try:
-        return json.dumps(fields, ensure_ascii=False, default=_plain).encode("utf-8") + b"\n"
+        text = json.dumps(fields, ensure_ascii=False, default=_plain, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(fields), ensure_ascii=False, default=_plain)
+    try:
+        return text.encode("utf-8") + b"\n"
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only say escaped
-        return json.dumps(fields, default=_plain).encode() + b"\n"
+        return json.dumps(_finite(fields), default=_plain).encode() + b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """A value whose numbers JSON has words for: `NaN` and `Infinity` become text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -153,6 +153,8 @@ class Infer:
             LlmconvertError: with what is done kept for `resume`, but for errors of usage.
         """
         began = time.monotonic()
+        self.stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        self.devices = self.devices.split(",") if isinstance(self.devices, str) else self.devices
         self._check()
         output = Path(self.output_path)
         source = open_source(str(self.data_path), self.split)
@@ -212,6 +214,8 @@ class Infer:
     def _check(self) -> None:
         output, data = Path(self.output_path), Path(self.data_path)
         self.sampling.check()
+        if self.resume and self.overwrite:
+            raise Usage("`resume` goes on with an unfinished run and `overwrite` discards it", hint="choose one")
         if self.dtype not in _DTYPES:
             raise Usage(f"there is no dtype `{self.dtype}` here", hint=", ".join(_DTYPES))
         if self.batch_size is not None and self.batch_size < 1:

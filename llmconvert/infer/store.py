@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llmconvert.errors import InputOutput, Usage
+from llmconvert.errors import BadInput, InputOutput, Usage
 
 _LOCK, _FINGERPRINT = "lock", "fingerprint.json"
 
@@ -110,6 +110,9 @@ class Store:
             raise Usage("another run is writing this output", where=str(output)) from None
         try:
             self.resumed = self._take_up(fingerprint, resume=resume, overwrite=overwrite)
+        except OSError as error:
+            self.close()
+            raise InputOutput(f"the work directory cannot be used: {error.strerror}", where=str(self.path)) from None
         except BaseException:
             self.close()
             raise
@@ -124,7 +127,12 @@ class Store:
                     where=str(self.path),
                     hint="add `--resume` to go on with it, or `--overwrite` to start anew",
                 )
-            before = json.loads(recorded.read_text(encoding="utf-8"))
+            try:
+                before = json.loads(recorded.read_text(encoding="utf-8"))
+            except ValueError:
+                raise BadInput(
+                    "what the unfinished run was cannot be read", where=str(recorded), hint="`--overwrite` starts anew"
+                ) from None
             other = sorted(key for key in before.keys() | fingerprint.keys() if before.get(key) != fingerprint.get(key))
             if other:
                 raise Usage(

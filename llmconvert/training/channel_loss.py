@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -155,6 +156,11 @@ class ChannelLossMeter:
         """Rows of the table, int64, shaped as `labels`."""
         if isinstance(channels, str):
             rows = torch.tensor(self._row(channels))
+        elif not isinstance(channels, Tensor) and any(not isinstance(c, str | Integral | None) for c in channels):
+            raise Usage(
+                "channels are neither names or ids a row nor a tensor of ids",
+                hint="give one name or id for each row, or torch.tensor(ids) with one for each token",
+            )
         elif not isinstance(channels, Tensor):
             rows = torch.tensor([self._row(channel) for channel in channels], dtype=torch.int64)
         elif not self._fixed:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -42,8 +41,8 @@ class Rule:
         """Refuse none, and more than one."""
         if bool(self.channels) + (self.field is not None) + self.by_file != 1:
             raise Usage("how channels are assigned is not clear", hint="give one of --channels, --field and --by-file")
-        if any(not name for name in self.channels):
-            raise Usage("a channel has no name", where=",".join(self.channels))
+        if any(not name for name in self.channels) or len(set(self.channels)) < len(self.channels):
+            raise Usage("a channel has no name, or two have the same", where=",".join(self.channels))
 
 
 @dataclass(frozen=True)
@@ -87,10 +86,13 @@ def assign(
         InputOutput: the disk or its permissions.
     """
     files = _files(source)
+    _check_output(source, output)
     if output.exists() and not overwrite:
         raise Usage("the output is there already", where=str(output), hint="name another, or add --overwrite")
     if source.is_file() and _format(output) != _format(source):
         raise Usage("the output must be of the input's format", where=str(output), hint=f"end it in {source.suffix}")
+    if not column:
+        raise Usage("the column has no name", hint="such as `--column channel`")
     draw, counts, done = random.Random(rule.seed), Counter[str](), 0
     total = sum(path.stat().st_size for path in files)
     try:
@@ -118,6 +120,22 @@ def assign(
     return Assigned(str(output), len(files), dict(counts.most_common()))
 
 
+def _check_output(source: Path, output: Path) -> None:
+    """Refuse an output whose replacement would take anything with it but an earlier output."""
+    here, there = source.resolve(), output.resolve()
+    within = here.is_relative_to(there) or (source.is_dir() and there.is_relative_to(here))
+    if within or output.is_symlink():
+        raise Usage(
+            "the output is a link" if output.is_symlink() else "the output and the data lie in one another",
+            where=str(output), hint="name a path of its own",
+        )  # fmt: skip
+    if output.is_dir():
+        foreign = next((path for path in output.rglob("*") if not path.is_dir() and not _format(path)), None)
+        if foreign is not None or source.is_file():
+            raise Usage("the output is a directory with other things in it", where=str(foreign or output),
+                        hint="name a path of its own")  # fmt: skip
+
+
 def _files(source: Path) -> list[Path]:
     if source.is_file() and not _format(source):
         raise Usage("neither JSON lines nor Parquet", where=str(source), hint="give a .jsonl or a .parquet file")
@@ -134,10 +152,16 @@ def _format(path: Path) -> tuple[str, ...]:
 
 
 def _put(part: Path, output: Path) -> None:
-    """Move what is whole to where it belongs, in place of what may be there."""
+    """Move what is whole to where it belongs; a directory that is there goes aside first, and then away."""
+    aside = part.with_name(f"{part.name}.before")
     if output.is_dir():
-        shutil.rmtree(output)
-    part.replace(output)
+        output.rename(aside)
+    try:
+        part.replace(output)
+    except OSError:
+        if aside.exists():
+            aside.rename(output)
+        raise
 
 
 def _channel(rule: Rule, row: dict[str, Any], where: str, file: str, draw: random.Random) -> str:
@@ -165,20 +189,21 @@ def _lines(path: Path, target: Path, column: str, rule: Rule, choose: Callable[[
     with path.open("rb") as lines, target.open("wb") as out:
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
-            text = line.strip()
+            text, ending = line.strip(), line[len(line.rstrip(b"\r\n")) :]
             if not text:
                 out.write(line)
                 continue
             try:
                 row = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 hint = "one JSON object a line is expected"
                 raise BadInput(f"not JSON: {error}", where=where, hint=hint) from error
             if not isinstance(row, dict):
                 raise BadInput("a row is no JSON object", where=where)
             _free(row, column, where)
-            field = f"{json.dumps(column)}: {json.dumps(choose(row, where), ensure_ascii=False)}".encode()
-            out.write(text[:-1].rstrip() + (b", " if row else b"") + field + b"}\n")
+            channel = json.dumps(choose(row, where), ensure_ascii=False).encode("utf-8", "backslashreplace")
+            field = json.dumps(column).encode() + b": " + channel
+            out.write(text[:-1].rstrip() + (b", " if row else b"") + field + b"}" + ending)
 
 
 def _parquet(path: Path, target: Path, column: str, rule: Rule, choose: Callable[[dict[str, Any], str], str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -11,16 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmconvert.errors import BadInput, Refused, Usage
+from llmconvert.errors import BadInput, InputOutput, Refused, Usage
 
-TOTAL = "total"
+TOTAL = "all channels"
 """The name of the curve of all channels together: the loss the trainer logged."""
 
 Points = dict[int, float]
 """Step to value."""
 
-_LOSS = re.compile(r"(?:(?P<split>.+)_)?loss(?:/(?P<channel>.+))?")
-_TOKENS = re.compile(r"(?:(?P<split>.+)_)?tokens/(?P<channel>.+)")
+_LOSS = re.compile(r"(?:(?P<split>[^/]+)_)?loss(?:/(?P<channel>.+))?")
+_TOKENS = re.compile(r"(?:(?P<split>[^/]+)_)?tokens/(?P<channel>.+)")
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -174,8 +175,11 @@ def plot(curves: Sequence[Curve], output: Path, weight: float) -> None:
     try:
         figure.savefig(part, dpi=120)
         part.replace(output)
+    except OSError as error:
+        raise InputOutput(f"cannot write the image: {error.strerror}", where=str(output)) from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _curves(scalars: Mapping[str, Points]) -> list[Curve]:
@@ -206,6 +210,8 @@ def _from_states(paths: Sequence[Path]) -> dict[str, Points]:
     for path in paths:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
+            if not all(isinstance(entry, dict) for entry in state["log_history"]):
+                raise TypeError("an entry is no object")
             states.append((int(state["global_step"]), state["log_history"]))
         except (ValueError, TypeError, KeyError) as error:
             raise BadInput("not a trainer_state.json", where=str(path)) from error
@@ -232,9 +238,10 @@ def _from_events(paths: Sequence[Path]) -> dict[str, Points]:
             files.append((min(one[0].wall_time for one in scalars.values()), scalars))
     found: dict[str, Points] = defaultdict(dict)
     for _, scalars in sorted(files, key=lambda file: file[0]):
-        for tag, entries in scalars.items():
-            first = min(entry.step for entry in entries)
+        first = min(entry.step for entries in scalars.values() for entry in entries)
+        for tag in found:
             found[tag] = {step: value for step, value in found[tag].items() if step < first}
+        for tag, entries in scalars.items():
             found[tag].update({entry.step: entry.value for entry in entries})
     return found
 

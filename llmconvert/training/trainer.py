@@ -77,7 +77,7 @@ class ChannelCollator:
             spread = [self._spread(channel, length) for channel, length in zip(channels, lengths, strict=True)]
             if flat:
                 spread = [[number for row in spread for number in row]]
-            batch[self.column] = self._pad(spread, width)
+            batch[self.column] = self._pad(spread, width, batch.get("attention_mask"))
         else:
             batch[self.column] = torch.tensor([self._id(channel) for channel in channels])
         return batch
@@ -103,12 +103,14 @@ class ChannelCollator:
             raise BadInput(f"a row has {length} tokens and {len(channel)} channels", where=self.column)
         return [self._id(one) for one in channel]
 
-    def _pad(self, spread: list[list[int]], width: int) -> Tensor:
-        """Ids [rows, width], -1 where the row is padded, on the side the inner collator's tokenizer pads."""
-        left = getattr(getattr(self.inner, "tokenizer", None), "padding_side", "right") == "left"
+    def _pad(self, spread: list[list[int]], width: int, mask: Tensor | None) -> Tensor:
+        """Ids [rows, width], -1 where the row is padded: where the mask says, else as the inner collator's tokenizer pads."""
+        side = getattr(getattr(self.inner, "tokenizer", None), "padding_side", "right") == "left"
         found = torch.full((len(spread), width), -1, dtype=torch.int64)
-        for row, ids in zip(found, spread, strict=True):
+        for number, (row, ids) in enumerate(zip(found, spread, strict=True)):
             if ids:
+                masked = mask is not None and mask.shape == found.shape and not bool(mask[number].all())
+                left = not bool(mask[number, 0]) if masked and mask is not None else side
                 cut = ids[-width:] if left else ids[:width]
                 (row[-len(cut) :] if left else row[: len(cut)]).copy_(torch.tensor(cut))
         return found

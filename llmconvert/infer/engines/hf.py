@@ -49,10 +49,16 @@ class HuggingFace:
         self._sampling, self._rows = copy.sampling, copy.batch_rows
         context = context_length(self.model.config)
         self._room = None if context is None else context - copy.sampling.max_new_tokens
+        stops = getattr(self.model.generation_config, "stop_strings", None) or ()
+        self._stop = (*copy.sampling.stop, *((stops,) if isinstance(stops, str) else stops))
         self._config = self._generation_config()
+        # `generate` fills what is None here from the model's own.
+        self.model.generation_config = self._config
+        self._switch = _context_of_short_factors(self.model.config)
         # Penalties on repeated n-grams would see the padding: then only rows of one length share a batch.
         self._even = bool(getattr(self._config, "no_repeat_ngram_size", None))
-        self._shrinks = True
+        # A penalty that grows with the answer would start anew with every continuation.
+        self._shrinks = getattr(self._config, "exponential_decay_length_penalty", None) is None
         self.budget: int | None = None
         if copy.batch_rows is None:
             self.budget = token_budget(self.model, copy.devices, copy.copies)
@@ -101,6 +107,8 @@ class HuggingFace:
         rows = len(waiting) if self._rows is None else self._rows
         if self.budget is not None:
             rows = min(rows, max(1, self.budget // self._tokens(waiting[:1])))
+        if self._switch is not None and len(waiting[0].ids) + self._sampling.max_new_tokens > self._switch:
+            return waiting[:1]  # the longest row of a batch decides for all
         if self._even:
             rows = min(rows, sum(len(one.ids) == len(waiting[0].ids) for one in waiting))
         return waiting[:rows]
@@ -155,7 +163,7 @@ class HuggingFace:
         width, made, cache = ids.shape[1], {}, None
         most = width + self._sampling.max_new_tokens
         while True:
-            halt = Halt(self.tokenizer, self._ends, self._sampling.stop, width, early=self._shrinks)
+            halt = Halt(self.tokenizer, self._ends, self._stop, width, early=self._shrinks)
             extra: dict[str, Any] = {"stopping_criteria": [halt]}
             if self._sampling.temperature > 0:
                 extra["logits_processor"] = [Draw(self._sampling, rows, width)]
@@ -185,7 +193,7 @@ class HuggingFace:
         end = next((place + 1 for place, token in enumerate(ids) if token in self._ends), len(ids))
         ids = ids[:end]
         text = decode(self.tokenizer, ids)
-        cut = cut_at_stop(text, self._sampling.stop)
+        cut = cut_at_stop(text, self._stop)
         if len(cut) < len(text):
             # A batch goes on while any row does: count what was generated up to the string.
             low = next(n for n in range(1, end + 1) if self._stops(ids[:n]))
@@ -194,7 +202,7 @@ class HuggingFace:
 
     def _stops(self, ids: list[int]) -> bool:
         text = decode(self.tokenizer, ids)
-        return cut_at_stop(text, self._sampling.stop) != text
+        return cut_at_stop(text, self._stop) != text
 
 
 # Unset, or transformers warns that greedy search has no use for them.
@@ -235,6 +243,15 @@ def _load(copy: Copy) -> Any:
             raise Refused("the model does not fit its devices", where=", ".join(copy.devices), hint=hint) from None
         raise BadInput(f"the model cannot be loaded: {error}", where=copy.model) from None
     return model.eval()
+
+
+def _context_of_short_factors(config: Any) -> int | None:
+    """How many tokens a model takes before its rotary frequencies change with the length; None where they never do."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) not in ("longrope", "su", "dynamic"):
+        return None
+    original = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return int(original or config.max_position_embeddings)
 
 
 def _can_lose_rows(cache: Any) -> bool:
