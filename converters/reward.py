@@ -19,8 +19,8 @@ from llmconvert.checkpoint.directory import Checkpoint, listing, open_checkpoint
 from llmconvert.checkpoint.safetensors import read_header
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.checkpoint.torch_pickle import read_pickle
-from llmconvert.converters.planning import FP8_BLOCKS, Conversion, checked_away, plan_conversion
-from llmconvert.converters.proofs import Proving, rounded_tensors
+from llmconvert.converters.planning import Conversion, checked_away, plan_conversion
+from llmconvert.converters.proofs import LOGITS, Proving, rounded_tensors
 from llmconvert.converters.returning import return_pairs
 from llmconvert.converters.running import Progress, Report, run
 from llmconvert.engine.plan import INDEX, index_texts, lay_out, parse_size
@@ -149,10 +149,16 @@ def to_reward(
     proving = Proving(verify, device)
     if head not in (SCORE, V_HEAD):
         raise Usage(f"`{head}` is not a form of head", hint=f"choose {SCORE} or {V_HEAD}")
-    if dtype == FP8_BLOCKS:
-        raise Usage("a reward model is not written in FP8", hint="choose a 16-bit dtype")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise Usage(f"a reward model is not written in `{dtype}`", hint="choose float32, bfloat16 or float16")
     target_dir = Path(destination)
-    body, found = take_head(open_checkpoint(source))
+    opened = open_checkpoint(source)
+    body, found = take_head(opened)
+    if verify == LOGITS and any(name.startswith(_BODY) for name in opened.tensors):
+        raise Refused(
+            f"nothing runs a checkpoint whose tensors are called `{_BODY}…`, so its rewards cannot be compared",
+            where=str(body.path), hint="add `--verify weights`",
+        )  # fmt: skip
     check_destination(body.path, target_dir, overwrite=overwrite or dry_run)
     language = _language_head(body, found, head, lm_head_from)
     if language is not None:
@@ -174,8 +180,9 @@ def to_reward(
         from llmconvert.verify.rewards import compare_rewards
 
         return compare_rewards(
-            body.path, written, device=device, rounded=bool(rounded_tensors(planned.plan)), progress=shown
-        )
+            body.path, written, device=device, rounded=bool(rounded_tensors(planned.plan)), bias_counts=not drop_bias,
+            progress=shown,
+        )  # fmt: skip
 
     return run(
         planned.plan, body.path, target_dir, report, proving, workers, overwrite, resume, sync, progress,
@@ -196,8 +203,8 @@ def _language_head(body: Checkpoint, found: RewardHead, head: str, lm_head_from:
             "TRL's value head stands beside the language model's head, and a sequence classifier has none",
             where=str(body.path), hint="name the causal model it was trained from: `--lm-head-from DIR`",
         )  # fmt: skip
-    other = open_checkpoint(lm_head_from)
-    tensor = other.tensors.get(_HEAD)
+    other, form = take_head(open_checkpoint(lm_head_from))
+    tensor = other.tensors.get(_HEAD) if form.causal else None
     if tensor is None or tensor.shape != body.tensors[_EMBED].shape:
         shape = list(body.tensors[_EMBED].shape)
         raise BadInput(
@@ -284,6 +291,10 @@ def _config_text(conversion: Conversion, head: str, pad_token_id: int | None, no
     if head == SCORE:
         config["architectures"] = [CLASSES[conversion.target.name]]
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+        if pad_token_id is not None and pad_token_id >= conversion.model.config.vocab_size:
+            raise Usage(
+                f"--pad-token-id {pad_token_id} is beyond the vocabulary of {conversion.model.config.vocab_size}"
+            )
         if pad_token_id is not None:
             config["pad_token_id"] = pad_token_id
         if config.get("pad_token_id") is None:

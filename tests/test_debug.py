@@ -219,3 +219,25 @@ def test_free_functions_show_any_model(folder: Path, capsys: pytest.CaptureFixtu
     show_topk_token(model, 1, input_ids=IDS)
     assert torch.tensor(show_attention(model, 1, input_ids=IDS).weights).shape == (4, 7, 7)
     assert "GPTNeoXForCausalLM" in capsys.readouterr().out
+
+
+def test_long_prompts_and_odd_files(folder: Path, tmp_path: Path) -> None:
+    long = ",".join(str(3 + i % 100) for i in range(120))
+    run = CliRunner().invoke(
+        app, ["debug", "topk-token", str(folder / "llama_bias"), "--input-ids", long, "--png", str(tmp_path / "a.svg")]
+    )
+    assert run.exit_code == 0 and "the last 10 of 120 tokens" in run.stdout and "119" in run.stdout
+    assert (tmp_path / "a.svg").read_text().lstrip().startswith("<?xml")
+    run = CliRunner().invoke(
+        app, ["debug", "attention", str(folder / "llama_bias"), "--layer", "0", "--input-ids", long]
+    )
+    assert run.exit_code == 0 and "keys 0" not in run.stdout and "most to" in run.stdout
+    for options in (
+        ["--png", str(tmp_path)],
+        ["--png", str(tmp_path / "a.xyz")],
+        ["--device", "cuda:77"],
+        ["--input-ids", "9" * 30],
+    ):
+        given = [] if "--input-ids" in options else ["--input-ids", "3,4"]
+        run = CliRunner().invoke(app, ["debug", "cos-distance", str(folder / "llama_bias"), *given, *options])
+        assert isinstance(run.exception, Usage), (options, run.exception)

@@ -460,3 +460,12 @@ def test_traits_are_folded_where_a_norm_or_experts_follow(target: str, tmp_path:
     report = convert(tmp_path / "canonical", tmp_path / "out", to=target)
     assert report.logits is not None and report.logits["verdict"]
     assert any(step["exactness"] == "exact to rounding" for step in report.steps)
+
+
+def test_what_the_class_cannot_load_is_said(tmp_path: Path) -> None:
+    source, _ = _make("qwen2", tmp_path)
+    with pytest.raises(ValueError, match="of type `qwen2`.*--to canonical"):
+        CanonicalForCausalLM.from_pretrained(source)
+    _, alibi = _make("baichuan_13b", tmp_path / "b")
+    with pytest.raises(ValueError, match="ALiBi"):
+        CanonicalForCausalLM.from_pretrained(alibi, attn_implementation="flash_attention_2")

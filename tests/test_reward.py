@@ -169,3 +169,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert run.exit_code == 0 and "come back" in run.stdout
     assert json.loads((tmp_path / "b/config.json").read_text())["pad_token_id"] == 7
     assert all(tensor.dtype == torch.bfloat16 for tensor in checkpoints.tensors(tmp_path / "b").values())
+
+
+def test_rewards_are_compared_but_for_a_bias_left_out(tmp_path: Path) -> None:
+    source = value_model(tmp_path / "a", bias=0.5)
+    report = to_reward(source, tmp_path / "b", drop_bias=True, verify="logits")
+    assert report.logits is not None and report.logits["verdict"]
+    with pytest.raises(Refused, match="cannot be compared"):
+        to_reward(value_model(tmp_path / "p", form="prefixed"), tmp_path / "c", verify="logits")
+    with pytest.raises(Usage, match="beyond the vocabulary"):
+        to_reward(source, tmp_path / "c", drop_bias=True, pad_token_id=131)

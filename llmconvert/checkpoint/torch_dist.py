@@ -70,11 +70,9 @@ class TorchDist:
 
 def _harmless(module: str, name: str) -> bool:
     known = module.startswith(("torch.distributed.checkpoint", "megatron.core.dist_checkpointing"))
-    return (
-        known
-        or module == "torch"
-        or (module, name) in {("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}
-    )
+    # Python before 3.11.4 names the members of an enumeration by `getattr`; like all here it is not called.
+    others = {("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("builtins", "getattr")}
+    return known or module == "torch" or (module, name) in others
 
 
 def _tuple(value: Any) -> tuple[int, ...]:

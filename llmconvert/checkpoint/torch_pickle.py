@@ -105,6 +105,7 @@ _HARMLESS = {
     ("numpy.core.multiarray", "_reconstruct"), ("numpy.core.multiarray", "scalar"),
     ("numpy._core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "scalar"), ("_io", "BytesIO"),
     ("io", "BytesIO"), ("pathlib", "PosixPath"), ("signal", "Signals"), ("builtins", "set"),
+    ("builtins", "getattr"),  # how Python before 3.11.4 names the members of an enumeration
 }  # fmt: skip
 """Names that training checkpoints hold beside their tensors: arguments, random states. None is ever called."""
 

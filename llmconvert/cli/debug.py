@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmconvert.cli.output import Output
-from llmconvert.errors import Usage
+from llmconvert.errors import LlmconvertError, Usage
 
 if TYPE_CHECKING:
     from llmconvert.debug.tables import Seen
@@ -48,13 +50,29 @@ def _options(
     return {"input_ids": made.input_ids, "tokenizer": made.tokenizer, "dtype": dtype, "device": device}
 
 
+def _each(look: Callable[[Path], Seen], source: Path, against: Path | None) -> list[Seen]:
+    """What is seen of each checkpoint; an error says of which."""
+    found = []
+    for path in (source, against):
+        if path is None:
+            continue
+        try:
+            found.append(look(path))
+        except LlmconvertError as error:
+            error.where = error.where or str(path)
+            raise
+    return found
+
+
 def _show(found: list[Seen], png: Path | None, json: bool) -> None:
     from llmconvert.debug import plots, tables
 
     if png is not None:
-        if not png.absolute().parent.is_dir():
-            raise Usage("the plot's directory does not exist", where=str(png.absolute().parent))
-        plots.save(found, png)
+        if png.is_dir() or not png.absolute().parent.is_dir():
+            raise Usage("the plot's file is a directory, or in one that does not exist", where=str(png.absolute()))
+        note = plots.save(found, png)
+        if note and not json:
+            print(f"note: {note}", file=sys.stderr)
     value = found[0].to_dict() if len(found) == 1 else {"a": found[0].to_dict(), "b": found[1].to_dict()}
     Output(json_mode=json).result(value, tables.table(found))
 
@@ -76,7 +94,7 @@ def cos_distance_command(
     from llmconvert.debug import cos_distance
 
     options = _options(source, prompt, input_ids, tokenizer, compute_dtype, device)
-    _show([cos_distance(each, layer, **options) for each in (source, against) if each], png, json)
+    _show(_each(lambda path: cos_distance(path, layer, **options), source, against), png, json)
 
 
 @app.command("topk-token")
@@ -97,7 +115,7 @@ def topk_token_command(
     from llmconvert.debug import topk_token
 
     options = _options(source, prompt, input_ids, tokenizer, compute_dtype, device)
-    _show([topk_token(each, layer, k, **options) for each in (source, against) if each], png, json)
+    _show(_each(lambda path: topk_token(path, layer, k, **options), source, against), png, json)
 
 
 @app.command("attention")
@@ -120,7 +138,7 @@ def attention_command(
 
     options = _options(source, prompt, input_ids, tokenizer, compute_dtype, device)
     query, key = (_place(token) for token in (token_a, token_b))
-    _show([attention_weights(each, layer, query, key, **options) for each in (source, against) if each], png, json)
+    _show(_each(lambda path: attention_weights(path, layer, query, key, **options), source, against), png, json)
 
 
 def _place(token: str | None) -> int | str | None:

@@ -46,8 +46,9 @@ def show(*found: Seen, png: str | Path | None = None) -> None:
     from llmconvert.debug import plots, tables
 
     Console(highlight=False).print(tables.table(found))
-    if png is not None:
-        plots.save(found, Path(png))
+    note = plots.save(found, Path(png)) if png is not None else None
+    if note:
+        print(f"note: {note}")
 
 
 def show_cos_distance(

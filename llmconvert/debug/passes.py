@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from llmconvert.checkpoint.megatron import is_megatron
 from llmconvert.errors import Refused, Usage
 from llmconvert.verify.layerwise import LayerwiseModel, find_layers, replaced_forwards, split_hidden
+from llmconvert.verify.logits import resolve_device
 from llmconvert.verify.models import read_config
 from llmconvert.verify.probes import Probe
 from llmconvert.verify.runnable import Runnable
@@ -262,8 +263,7 @@ def open_pass(
     kinds = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
     if dtype not in kinds:
         raise Usage(f"`{dtype}` is not a dtype to compute in", hint=f"choose {', '.join(kinds)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = resolve_device(device)
     config = describe(directory) if is_megatron(directory) else read_config(directory)
     _check_vocabulary(input_ids, config.get("padded_vocab_size") or config.get("vocab_size"))
     return CheckpointPass(directory, input_ids, kinds[dtype], device)
@@ -271,5 +271,6 @@ def open_pass(
 
 def _check_vocabulary(input_ids: Tensor, size: Any) -> None:
     if isinstance(size, int) and size and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < size:
-        raise Usage(f"token ids must be from 0 to {size - 1}; the prompt has {int(input_ids.max())}",
-                    hint="the tokenizer may belong to another model")  # fmt: skip
+        wrong = int(input_ids.min()) if int(input_ids.min()) < 0 else int(input_ids.max())
+        raise Usage(f"token ids must be from 0 to {size - 1}; the prompt has {wrong}",
+                    hint="another model's tokenizer may have made them")  # fmt: skip

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmconvert.debug.measures import AttentionWeights, CosDistance, TopkToken
 from llmconvert.debug.tables import Seen
-from llmconvert.errors import Refused
+from llmconvert.errors import Refused, Usage
 
-_MOST_HEADS = 16
+_MOST_HEADS, _MOST_TOKENS = 16, 40
 _CJK_FONTS = (
     "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "PingFang SC",
     "Heiti SC", "Microsoft YaHei", "SimHei", "Arial Unicode MS",
@@ -18,15 +19,19 @@ _CJK_FONTS = (
 """Fonts that have what DejaVu lacks; the first installed is fallen back on."""
 
 
-def save(found: Sequence[Seen], path: Path) -> None:
+def save(found: Sequence[Seen], path: Path) -> str | None:
     """Draw one model, or two of the same kind side by side.
 
     Args:
         found: what was looked at.
-        path: the PNG file to write.
+        path: the file to write: PNG, or what its ending says.
+
+    Returns:
+        What to know of it, or None.
 
     Raises:
         Refused: matplotlib is not installed.
+        Usage: there is no such kind of image.
         OSError: the file cannot be written.
     """
     try:
@@ -37,7 +42,16 @@ def save(found: Sequence[Seen], path: Path) -> None:
         raise Refused("plots need matplotlib", hint="pip install matplotlib") from None
     installed = set(font_manager.get_font_names())
     with matplotlib.rc_context({"font.family": ["DejaVu Sans", *(font for font in _CJK_FONTS if font in installed)]}):
-        _draw(Figure, found).savefig(path, dpi=150, format="png")
+        figure = _draw(Figure, found)
+        kind = path.suffix[1:].lower() or "png"
+        if kind not in figure.canvas.get_supported_filetypes():
+            raise Usage(f"there is no kind of image `{kind}`", where=str(path), hint="name it .png")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            figure.savefig(path, dpi=150, format=kind)
+    if any("Glyph" in str(warning.message) for warning in told):
+        return "no installed font has all characters of the tokens: install Noto Sans CJK, say"
+    return None
 
 
 def _draw(figure_class: Any, found: Sequence[Seen]) -> Any:
@@ -63,18 +77,20 @@ def _cosines(figure_class: Any, found: Sequence[CosDistance]) -> Any:
 
 
 def _topk(figure_class: Any, found: Sequence[TopkToken]) -> Any:
-    width, height = len(found[0].tokens), max(len(each.layers) for each in found)
+    first = max(0, len(found[0].tokens) - _MOST_TOKENS)
+    width, height = len(found[0].tokens) - first, max(len(each.layers) for each in found)
     figure = figure_class(figsize=(len(found) * (2 + 0.9 * width), 1.5 + 0.35 * height), layout="constrained")
     for axes, each in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
-        best = [[place[0] for place in row] for row in each.probability]
+        best = [[place[0] for place in row[first:]] for row in each.probability]
         image = axes.imshow(best, vmin=0, vmax=1, aspect="auto", cmap="Blues", origin="lower")
         for y, row in enumerate(each.text):
-            for x, place in enumerate(row):
+            for x, place in enumerate(row[first:]):
                 colour = "white" if best[y][x] > 0.6 else "black"
                 axes.text(x, y, _plain(place[0]), ha="center", va="center", fontsize=7, color=colour)
-        axes.set_xticks(range(width), [_plain(token) for token in each.tokens], rotation=45, ha="right")
+        axes.set_xticks(range(width), [_plain(token) for token in each.tokens[first:]], rotation=45, ha="right")
         axes.set_yticks(range(len(each.layers)), [str(layer) for layer in each.layers])
-        axes.set(xlabel="token", ylabel="layer", title=each.model)
+        more = f", the last {width} of {len(each.tokens)} tokens" if first else ""
+        axes.set(xlabel="token", ylabel="layer", title=each.model + more)
         figure.colorbar(image, ax=axes, label="probability")
     return figure
 

@@ -33,8 +33,14 @@ class Prompt:
         return [self.show(number) for number in self.input_ids[0].tolist()]
 
     def show(self, number: int) -> str:
-        """A token of the vocabulary as text, blanks kept."""
-        return str(number) if self.tokenizer is None else str(self.tokenizer.decode([number]))
+        """A token of the vocabulary as text, blanks kept; with its number where the text does not tell it."""
+        if self.tokenizer is None:
+            return str(number)
+        text = str(self.tokenizer.decode([number]))
+        if text and "\ufffd" not in text and text.isprintable():
+            return text
+        piece = self.tokenizer.convert_ids_to_tokens(number)
+        return f"{piece}#{number}" if piece and str(piece).isprintable() else f"#{number}"
 
     def position(self, token: int | str) -> int:
         """Where a token stands.
@@ -85,9 +91,14 @@ def make_prompt(
         if tokenizer is None:
             raise Refused("there is no tokenizer to read the prompt with", where=folder, hint="give `--input-ids`")
         input_ids = tokenizer(prompt)["input_ids"]
-    ids = torch.as_tensor(input_ids).long()
+    try:
+        ids = torch.as_tensor(input_ids).long()
+    except (ValueError, OverflowError, RuntimeError) as error:
+        raise Usage(f"the input ids cannot be read: {error}") from None
     ids = ids[None] if ids.ndim == 1 else ids
-    if ids.ndim != 2 or len(ids) != 1 or not ids.numel():
+    if not ids.numel():
+        raise Usage("the prompt has no tokens: at least one token is needed")
+    if ids.ndim != 2 or len(ids) != 1:
         raise Usage(f"one row of at least one token is looked at, not {list(ids.shape)}")
     return Prompt(ids, tokenizer)
 

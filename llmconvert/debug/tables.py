@@ -14,6 +14,7 @@ from llmconvert.debug.measures import AttentionWeights, CosDistance, TopkToken
 Seen = CosDistance | TopkToken | AttentionWeights
 
 _SHADES = " ░▒▓█"
+_MOST_COLUMNS, _MOST_SHADES = 10, 48
 
 
 def table(found: Sequence[Seen]) -> Any:
@@ -71,13 +72,18 @@ def _cosines(found: Sequence[CosDistance]) -> tuple[str, Table]:
 
 def _topk(found: Sequence[TopkToken]) -> tuple[str, Table]:
     title = "likeliest next tokens (logit lens)"
+    length = len(found[0].tokens)
+    first = max(0, length - _MOST_COLUMNS) if len(found[0].layers) > 1 else 0
+    if first:
+        title += f", the last {_MOST_COLUMNS} of {length} tokens (`--json` has all)"
     one = len(found[0].layers) == 1
     result = Table()
     if one:
         result.add_column("position", justify="right")
         result.add_column("token")
         for name in _names(found):
-            result.add_column(f"layer {found[0].layers[0]}" if len(found) == 1 else name)
+            number = found[0 if name != "B" else 1].layers[0]
+            result.add_column(f"layer {number}" if len(found) == 1 else f"{name}, layer {number}")
         for place, token in enumerate(found[0].tokens):
             cells = [
                 "  ".join(
@@ -88,11 +94,11 @@ def _topk(found: Sequence[TopkToken]) -> tuple[str, Table]:
             result.add_row(str(place), repr(token), *cells)
         return title, result
     result.add_column("layer", justify="right")
-    for place, token in enumerate(found[0].tokens):
-        result.add_column(f"{place}:{token!r}", overflow="fold")
+    for place in range(first, length):
+        result.add_column(f"{place}:{found[0].tokens[place]!r}", overflow="fold")
     for row in range(max(len(each.layers) for each in found)):
         cells = []
-        for place in range(len(found[0].tokens)):
+        for place in range(first, length):
             best = [
                 f"{each.text[row][place][0]!r} {each.probability[row][place][0]:.2f}" if row < len(each.layers) else "–"
                 for each in found
@@ -123,9 +129,11 @@ def _attention(found: Sequence[AttentionWeights]) -> tuple[str, Table]:
     title = f"layer {first.layer}, attention weights, mean over heads"
     result = Table()
     result.add_column("query")
+    shaded = len(first.tokens) * len(found) <= _MOST_SHADES
     for name in _names(found):
-        result.add_column(f"keys 0 … {len(first.tokens) - 1}" if len(found) == 1 else name)
-        result.add_column("most to")
+        if shaded:
+            result.add_column(f"keys 0 … {len(first.tokens) - 1}" if len(found) == 1 else name)
+        result.add_column("most to" if shaded or len(found) == 1 else f"{name}: most to")
     for query, token in enumerate(first.tokens):
         cells = []
         for each in found:
@@ -133,6 +141,7 @@ def _attention(found: Sequence[AttentionWeights]) -> tuple[str, Table]:
             mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
             best = mean.index(max(mean))
             shades = "".join(_SHADES[min(4, round(4 * value**0.5))] for value in mean)
-            cells += [shades, f"{best}:{each.tokens[best]!r} {mean[best]:.3f}"]
+            cells += [shades] if shaded else []
+            cells += [f"{best}:{each.tokens[best]!r} {mean[best]:.3f}"]
         result.add_row(f"{query}:{token!r}", *cells)
     return title, result

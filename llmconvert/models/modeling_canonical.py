@@ -524,7 +524,18 @@ class CanonicalPreTrainedModel(PreTrainedModel):
         config = kwargs.get("config")
         if not isinstance(config, PretrainedConfig):
             given = {k: kwargs[k] for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
-            config = CanonicalModelConfig.from_pretrained(name_or_path, **given)
+            found, _ = CanonicalModelConfig.get_config_dict(name_or_path, **given)
+            if found.get("model_type") not in (None, CanonicalModelConfig.model_type):
+                raise ValueError(
+                    f"{name_or_path} is of type `{found['model_type']}`, not in the canonical layout: "
+                    "`llmconvert convert SRC DST --to canonical` first"
+                )
+            config = CanonicalModelConfig.from_dict(found)
+        asked = str(kwargs.get("attn_implementation"))
+        if asked == "sdpa" and config.attn_logit_softcapping is not None:
+            raise ValueError("sdpa has no soft cap on attention scores, which this model has: use eager")
+        if asked.startswith("flash") and config.alibi:
+            raise ValueError(f"{asked} has no biases on attention scores, which ALiBi needs: use sdpa or eager")
         if devices is not None:
             with torch.device("meta"):
                 empty = cls(config)
@@ -536,9 +547,9 @@ class CanonicalPreTrainedModel(PreTrainedModel):
                 config, dtype, _first_device(kwargs.get("device_map"))
             )
             logger.info("attention: %s (%s)", kwargs["attn_implementation"], why)
-        found = super().from_pretrained(name_or_path, *args, **kwargs)
-        _rest(found[0] if isinstance(found, tuple) else found)
-        return found
+        made = super().from_pretrained(name_or_path, *args, **kwargs)
+        _rest(made[0] if isinstance(made, tuple) else made)
+        return made
 
     def extra_repr(self) -> str:
         """Shown when the model is printed."""

@@ -38,7 +38,9 @@ def _head(directory: Path) -> tuple[Tensor | None, Tensor | None]:
 
 
 @torch.no_grad()
-def _states(directory: Path, probes: list[Probe], device: str) -> tuple[list[Tensor], list[Tensor | None]]:
+def _states(
+    directory: Path, probes: list[Probe], device: str, *, bias_counts: bool = True
+) -> tuple[list[Tensor], list[Tensor | None]]:
     """Per probe the states the head is given, [batch, tokens, hidden], and the rewards of the last real tokens."""
     architectures = read_config(directory).get("architectures") or []
     if any(name.endswith(("ForSequenceClassification", "ForRewardModel")) for name in architectures):
@@ -62,12 +64,12 @@ def _states(directory: Path, probes: list[Probe], device: str) -> tuple[list[Ten
     states = [state for state, _ in runner.end(streams)]
     if weight is None:
         return states, [None] * len(states)
-    constant = 0.0 if bias is None else float(bias.double())
+    constant = 0.0 if bias is None or not bias_counts else float(bias.double())
     return states, [state[:, -1] @ weight[0].double().to(device) + constant for state in states]
 
 
 def compare_rewards(
-    source: Path, written: Path, *, device: str = "auto", rounded: bool = False,
+    source: Path, written: Path, *, device: str = "auto", rounded: bool = False, bias_counts: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Run two reward models, or a causal model and the reward model made of it, on the same tokens.
@@ -79,6 +81,7 @@ def compare_rewards(
         written: likewise.
         device: auto (CUDA where there is one), cpu, cuda:1.
         rounded: weights were rounded on the way.
+        bias_counts: whether the source's value head's bias is part of its rewards; it may have been left out on purpose.
         progress: called with what is done, and of how much.
 
     Returns:
@@ -92,7 +95,9 @@ def compare_rewards(
     vocab, longest = limits(read_config(source))
     probes = [p for p in make_probes([source], vocab, longest) if p.name in ("text", "random tokens")]
     progress(0, 2)
-    (left, first), (right, second) = (_states(directory, probes, place) for directory in (source, written))
+    left, first = _states(source, probes, place, bias_counts=bias_counts)
+    progress(1, 2)
+    right, second = _states(written, probes, place)
     progress(2, 2)
     states, rewards = 0.0, 0.0
     for probe, a, b in zip(probes, left, right, strict=True):
