@@ -149,7 +149,7 @@ def test_what_cannot_be_is_said(tmp_path: Path) -> None:
         (tmp_path / "b", {"head": "v_head"}, Refused, "has none"),
         (tmp_path / "b", {"head": "v_head", "lm_head_from": str(tmp_path / "b")}, BadInput, "no `lm_head.weight`"),
         (source, {"lm_head_from": str(source)}, Usage, "leave it out|without the language"),
-        (source, {"head": "value"}, Usage, "not a form"), (source, {"dtype": "fp8-block128"}, Usage, "FP8"),
+        (source, {"head": "value"}, Usage, "not a form"), (source, {"dtype": "fp8-block128"}, Usage, "not written in `fp8"),
         (tmp_path / "granite", {"to": "granite"}, Refused, "no reward model of `granite`"),
     ]  # fmt: skip
     for folder, options, error, match in cases:
