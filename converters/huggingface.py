@@ -121,7 +121,10 @@ def convert(
         conversion.plan, conversion.checkpoint.path, target_dir, report, proving, workers, overwrite, resume, sync,
         progress,
         pairs=lambda written: return_pairs(conversion, open_checkpoint(written)),
-        prove=lambda written, shown: prove_written(conversion.checkpoint.path, written, conversion.plan, proving, shown),
+        prove=lambda written, shown: prove_written(
+            conversion.checkpoint.path, written, conversion.plan, proving, shown,
+            told=(conversion.source_spec.told, conversion.target.told),
+        ),
     )  # fmt: skip
 
 

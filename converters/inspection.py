@@ -132,7 +132,7 @@ def inspect(
     if made is not None:
         result["made_from"] = (made.get("source") or {}).get("spec")
     try:
-        spec = known.detect(checkpoint.config)
+        spec = known.detect(checkpoint.config, checkpoint.tensors, checkpoint.path)
         result["architecture"], result["title"] = spec.name, spec.title
         config = read_config(spec, checkpoint.config, checkpoint.tensors)
         held = traits(config)

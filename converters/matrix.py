@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llmconvert.canonical.lowerings import ADD, NEEDS_OWN_HEAD, REMOVE
 from llmconvert.canonical.model import TRAITS
 from llmconvert.canonical.step import EXACT, ONE_WAY, ROUNDED
-from llmconvert.spec.language import ByArchitecture, Field, Fixed, SoftmaxScale, Spec, SquareRoot
+from llmconvert.spec.language import Field, Fixed, SoftmaxScale, Spec, SquareRoot
 from llmconvert.spec.registry import Registry
 from llmconvert.spec.rope import Rope
 
@@ -47,7 +47,7 @@ def certain_traits(spec: Spec) -> frozenset[str]:
     names = {
         "qkv_bias": "qkv_bias", "o_bias": "o_bias", "mlp_bias": "mlp_bias", "rotary_interleaved": "interleaved_rotary",
         "qk_norm": "qk_norm", "unit_offset_norm": "unit_offset_norm", "alibi": "alibi", "router_bias": "router_bias",
-        "branch_output_norm": "branch_output_norm", "shared_expert_gate": "shared_expert_gate",
+        "branch_output_norm": "branch_output_norm", "norm_head": "norm_head", "shared_expert_gate": "shared_expert_gate",
     }  # fmt: skip
     certain = set()
     for field in spec.fields:
@@ -78,8 +78,6 @@ def possible_traits(spec: Spec) -> frozenset[str]:
     """Traits a checkpoint of an architecture may have."""
     possible = set(spec.holds | spec.always | certain_traits(spec))
     for field in spec.fields:
-        if isinstance(field, ByArchitecture):
-            possible.add(field.attribute)
         if "sliding_window" in field.attributes:
             possible.add("sliding_window")
         if "alibi" in field.attributes:

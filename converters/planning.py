@@ -23,6 +23,8 @@ from llmconvert.engine import manifest
 from llmconvert.engine.plan import Plan, index_texts, lay_out, parse_size
 from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.spec.dialect import Lifted, emit, keys_read, lift, read_config, write_config
+from llmconvert.spec.disagreements import refuse_disagreements
+from llmconvert.spec.expand import bind
 from llmconvert.spec.fused import unfused
 from llmconvert.spec.keys import carried
 from llmconvert.spec.language import Spec
@@ -148,7 +150,9 @@ def plan_conversion(
     block = quantisation(checkpoint)
     if keep_fp8 and block is None:
         raise Usage("`--keep-fp8`: the checkpoint is not FP8", hint="leave it out")
-    spec = known.get(source_name) if source_name else known.detect(checkpoint.config)
+    spec = (
+        known.get(source_name) if source_name else known.detect(checkpoint.config, checkpoint.tensors, checkpoint.path)
+    )
     accept(known, spec)
     target = target_for(known, to, checkpoint)
     config = read_config(spec, checkpoint.config, checkpoint.tensors)
@@ -162,12 +166,20 @@ def plan_conversion(
         check_kept(lifted.model.tensors, model.tensors)
     elif dtype == FP8_BLOCKS:
         block, model = BLOCK, replace(model, tensors=quantised(model.tensors, model.config))
-    tensors = emit(target, model)
     try:
         eight = block if keep_fp8 or dtype == FP8_BLOCKS else None
-        texts, notes = _texts(checkpoint, spec, target, model.config, written_dtype, eight)
+        written, came_back, notes = _config(checkpoint, spec, target, model.config, written_dtype, eight)
     except Refused as error:
         raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
+    tensors = emit(target, model, written)
+    if target.name != spec.name:
+        try:
+            notes += refuse_disagreements(spec, config, lifted.model.tensors, checkpoint.config)
+            if not came_back:
+                refuse_disagreements(target, model.config, model.tensors, written)
+        except Refused as error:
+            raise Refused(error.what, where=str(checkpoint.path), hint=error.hint) from None
+    texts = {"config.json": (json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
     texts |= index_texts(outputs, files) | code_texts(target)
     extra: Companions = companions(checkpoint)
@@ -259,23 +271,19 @@ def _identity(checkpoint: Checkpoint, files: Any, summary: Mapping[str, Any]) ->
     return json.dumps(value, sort_keys=True, default=str) + "\n"
 
 
-def _texts(
+def _config(
     checkpoint: Checkpoint, spec: Spec, target: Spec, config: CanonicalConfig, dtype: str, block: Block | None
-) -> tuple[dict[str, bytes], tuple[str, ...]]:
-    """config.json: as the checkpoint's origin had it where this is the way back, else written anew."""
+) -> tuple[dict[str, Any], bool, tuple[str, ...]]:
+    """config.json, as the checkpoint's origin had it where this is the way back, else anew; which it is; and remarks."""
     source = checkpoint.config
     written = write_config(target, config, carried(source, keys_read(spec)), dtype)
     eight = {"quantization_config": settings(block)} if block else {}
     notes: list[str] = []
+    same = False
     origin = ((manifest.read(checkpoint.path) or {}).get("source")) or {}
     original = origin.get("config")
     if origin.get("spec") == target.name and isinstance(original, dict) and spec.name != target.name:
-        try:
-            same = read_config(target, {**original, "torch_dtype": None, "dtype": None}) == read_config(
-                target, {**written, "torch_dtype": None, "dtype": None}
-            )
-        except (BadInput, Refused):
-            same = False
+        same = _describes(original, target, config)
         if same:
             written = {**original, **({k: TO_NAME[dtype] for k in ("torch_dtype", "dtype") if k in original})}
             notes.append("config.json is the original one, as recorded when this checkpoint was converted")
@@ -285,9 +293,19 @@ def _texts(
             absent = [name for name in code if not (checkpoint.path / name).is_file()]
             if absent:
                 notes.append(f"its `auto_map` needs {', '.join(absent)}: copy them from the original repository")
-    written = {key: value for key, value in written.items() if key != "quantization_config"} | eight
-    text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return {"config.json": text.encode()}, tuple(notes)
+    if spec.name != target.name:
+        notes += [note.text for note in target.notes if note.written and note.concerns(written)]
+    plain = {key: value for key, value in written.items() if key != "quantization_config"}
+    return plain | eight, same, tuple(notes)
+
+
+def _describes(original: Mapping[str, Any], target: Spec, config: CanonicalConfig) -> bool:
+    """Whether an original config.json describes a model that is to be written, its tensors seen."""
+    try:
+        names = [binding.stored for binding in bind(target, config, original)]
+        return replace(read_config(target, original, names), dtype=None) == replace(config, dtype=None)
+    except (BadInput, Refused):
+        return False
 
 
 def _dtype_notes(checkpoint: Checkpoint, tensors: Mapping[str, Expression], dtype: str | None) -> tuple[str, ...]:

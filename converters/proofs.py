@@ -59,11 +59,20 @@ def check_provable(conversion: Conversion, proving: Proving) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_bytes(conversion.plan.texts["config.json"])
-        refuse_unprovable(proving, [("source", conversion.checkpoint.path), ("result", Path(folder))])
+        models = [("source", conversion.checkpoint.path), ("result", Path(folder))]
+        told = (conversion.source_spec.told, conversion.target.told)
+        refuse_unprovable(proving, models, {path: keys for (_, path), keys in zip(models, told, strict=True)})
 
 
-def refuse_unprovable(proving: Proving, models: Sequence[tuple[str, Path]]) -> None:
-    """Refuse where logits are to be compared and one of the models, named as in messages, cannot be run.
+def refuse_unprovable(
+    proving: Proving, models: Sequence[tuple[str, Path]], told: Mapping[Path, Mapping[str, Any]] | None = None
+) -> None:
+    """Refuse where logits are to be compared and one of the models cannot be run.
+
+    Args:
+        proving: the proofs asked for.
+        models: by their names in messages.
+        told: what their config.json leave open, by directory.
 
     Raises:
         Refused: torch or transformers is missing, or no code here runs a model.
@@ -79,13 +88,14 @@ def refuse_unprovable(proving: Proving, models: Sequence[tuple[str, Path]]) -> N
             hint=f"`pip install 'llmconvert[verify]'`, {without}",
         )
     from llmconvert.verify.logits import resolve_device
-    from llmconvert.verify.models import check_runnable
+    from llmconvert.verify.models import check_runnable, stating
 
     for name in proving.device.split(","):
         resolve_device(name.strip())
     for name, directory in models:
         try:
-            check_runnable(directory)
+            with stating(told or {}):
+                check_runnable(directory)
         except LlmconvertError as error:
             raise Refused(
                 f"the {name} cannot be run to compare logits: {error.what}",
@@ -120,18 +130,29 @@ def _rounding(expression: Expression) -> str | None:
 
 
 def prove_written(
-    source: Path, written: Path, plan: Plan, proving: Proving, progress: Callable[[int, int], None]
-) -> dict[str, Any]:
+    source: Path, written: Path, plan: Plan, proving: Proving, progress: Callable[[int, int], None],
+    told: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {}),
+) -> dict[str, Any]:  # fmt: skip
     """Compare the source's logits with the written result's.
+
+    Args:
+        source: the directory read.
+        written: the directory written.
+        plan: how.
+        proving: where and how models are run.
+        progress: called as layers are done.
+        told: what the config.json of either leave open.
 
     Returns:
         The report, as a dictionary.
     """
     from llmconvert.verify.logits import compare_logits
+    from llmconvert.verify.models import stating
 
-    found = compare_logits(
-        source, written, device=proving.device, load=proving.load, rounded=rounded_tensors(plan), progress=progress
-    )
+    with stating({source: told[0], written: told[1]}):
+        found = compare_logits(
+            source, written, device=proving.device, load=proving.load, rounded=rounded_tensors(plan), progress=progress
+        )
     return found.to_dict()
 
 

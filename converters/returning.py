@@ -29,7 +29,7 @@ def return_pairs(conversion: Conversion, output: Checkpoint) -> list[Pair]:
         conversion.source_spec, conversion.checkpoint, conversion.lifted.model, conversion.model, back, lossy
     )
     planned = {tensor.name: tensor.expression for tensor in conversion.plan.tensors}
-    for binding in bind(conversion.target, conversion.model.config):
+    for binding in bind(conversion.target, conversion.model.config, output.config):
         if set(binding.parts) & lossy:
             name = binding.stored
             pairs.append(Pair(name, planned[name], stored(output.tensors[name]), ONE_WAY))
@@ -84,7 +84,7 @@ def canonical_pairs(
                 floors[name] = max(floors.get(name, 0.0), abs(node.offset) if isinstance(node, Shift) else 0.0)
     pairs = []
     block = quantisation(checkpoint)
-    for binding in bind(spec, lifted.config):
+    for binding in bind(spec, lifted.config, checkpoint.config):
         if set(binding.parts) & lossy:
             continue
         source = stored(checkpoint.tensors[binding.stored])

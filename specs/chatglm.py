@@ -1,6 +1,7 @@
 """ChatGLM2-6B, ChatGLM3-6B and glm-4-9b in remote-code form: packed QKV and MLP, rotary on half of each head, interleaved.
 
 Source: configuration_chatglm.py and modeling_chatglm.py published with THUDM/chatglm2-6b, chatglm3-6b and glm-4-9b.
+Without `multi_query_attention`, which is false where it is absent, each head's query, key and value lie together.
 """
 
 from llmconvert.canonical.model import DOWN, EMBED, GATE, HEAD, INPUT_NORM, NORM, POST_NORM, UP, K, O, Q, V
@@ -16,12 +17,13 @@ SPEC = Spec(
     config=(
         Field("num_hidden_layers", "num_layers", aliases=("num_hidden_layers",)),
         Field("intermediate_size", "ffn_hidden_size"),
-        Field("num_key_value_heads", "multi_query_group_num", only_if="multi_query_attention", default="=num_attention_heads"),
+        Field("num_key_value_heads", "multi_query_group_num", only_if="multi_query_attention", otherwise="=num_attention_heads",
+              default=1),
         Field("vocab_size", "padded_vocab_size"),
-        Field("rms_norm_eps", "layernorm_epsilon"),
-        Field("max_position_embeddings", "seq_length"),
+        Field("rms_norm_eps", "layernorm_epsilon", default=1e-5),
+        Field("max_position_embeddings", "seq_length", default=2048),
         Field("qkv_bias", "add_qkv_bias", default=False),
-        HeadDim("kv_channels"),
+        HeadDim("kv_channels", default=128),
         Rope(theta_key="rope_ratio", times=10_000.0, default=10_000.0, partial=0.5, scaling=()),
         Fixed("rotary_interleaved", True),
         Fixed("hidden_act", "silu"),
@@ -30,7 +32,8 @@ SPEC = Spec(
     ),
     weights=(
         row("transformer.embedding.word_embeddings.{p}", EMBED),
-        row("transformer.encoder.layers.{i}.self_attention.query_key_value.{p}", Q, K, V),
+        row("transformer.encoder.layers.{i}.self_attention.query_key_value.{p}", Q, K, V,
+            otherwise=("multi_query_attention", "grouped")),
         row("transformer.encoder.layers.{i}.self_attention.dense.weight", O),
         row("transformer.encoder.layers.{i}.mlp.dense_h_to_4h.weight", GATE, UP),
         row("transformer.encoder.layers.{i}.mlp.dense_4h_to_h.weight", DOWN),
@@ -48,6 +51,7 @@ SPEC = Spec(
                "fp32_residual_connection": False, "attention_dropout": 0.0, "hidden_dropout": 0.0,
                "bias_dropout_fusion": True, "tie_word_embeddings": False},
     ignores=("vocab_size", "classifier_dropout", "pre_seq_len", "prefix_projection"),
-    notes=(Note("rope_ratio", "`rope_ratio` multiplies the rotary base, as in glm-4-9b; some loaders of the 32k ChatGLM "
-                "models scale positions instead: compare logits if this is one"),),
+    notes=(Note("rope_ratio", "`rope_ratio` multiplies the rotary base in glm-4-9b's code alone: that of ChatGLM2-6B and "
+                "ChatGLM3-6B does not read it, and some loaders of their 32k models scale positions by it",
+                neutral=(None, 1), written=True),),
 )  # fmt: skip

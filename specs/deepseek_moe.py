@@ -3,7 +3,8 @@
 Source: deepseek-ai/deepseek-moe-16b-base, modeling_deepseek.py and its config.json.
 """
 
-from llmconvert.spec.language import Field, Fixed, LeadingDense, SharedExperts, Spec
+from llmconvert.spec.language import Field, Fixed, LeadingDense, NormalisedScores, SharedExperts, Spec, key_value_heads
+from llmconvert.spec.rope import Rope
 
 SPEC = Spec(
     name="deepseek_moe",
@@ -15,7 +16,9 @@ SPEC = Spec(
         Field("num_experts", "n_routed_experts"),
         Field("num_experts_per_tok", "num_experts_per_tok"),
         Field("moe_intermediate_size", "moe_intermediate_size"),
-        Field("norm_topk_prob", "norm_topk_prob", default=False),
+        NormalisedScores(),
+        Rope(scaling=("dynamic", "linear"), two_keys=True),
+        key_value_heads(32),
         LeadingDense(),
         SharedExperts(),
         Field("qkv_bias o_bias", "attention_bias", default=False),

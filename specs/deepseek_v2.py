@@ -3,7 +3,7 @@
 Source: transformers DeepseekV2Config and DeepseekV2ForCausalLM; arXiv:2405.04434. Scores are never normalised there.
 """
 
-from llmconvert.spec.language import Field, Fixed, LeadingDense, SharedExperts, Spec
+from llmconvert.spec.language import Field, Fixed, LeadingDense, SharedExperts, Spec, key_value_heads
 
 SPEC = Spec(
     name="deepseek_v2",
@@ -12,7 +12,7 @@ SPEC = Spec(
     model_types=("deepseek_v2",),
     architectures=("DeepseekV2ForCausalLM",),
     config=(
-        Field("q_lora_rank", "q_lora_rank", default=None),
+        Field("q_lora_rank", "q_lora_rank", default=1536, null=None),
         Field("kv_lora_rank", "kv_lora_rank"),
         Field("qk_nope_head_dim", "qk_nope_head_dim"),
         Field("head_dim qk_rope_head_dim", "qk_rope_head_dim"),
@@ -25,18 +25,21 @@ SPEC = Spec(
         Field("n_group", "n_group", default=1),
         Field("topk_group", "topk_group", default=1),
         LeadingDense(),
-        SharedExperts(),
+        SharedExperts(default=2),
+        key_value_heads(32),
         Fixed("norm_topk_prob", False),
         Fixed("rotary_interleaved", True),
-        Fixed("qkv_bias o_bias mlp_bias", False),
+        Field("qkv_bias o_bias", "attention_bias", default=False),
+        Fixed("mlp_bias", False),
     ),
-    requires={"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1, "attention_bias": False,
-              "mlp_bias": False},
+    requires={"scoring_func": "softmax", "norm_topk_prob": False, "moe_layer_freq": 1, "mlp_bias": False},
     ignores=("qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size"),
     holds=frozenset(
         {"moe", "dense_layers", "shared_experts", "router_groups", "routed_scaling", "mla", "tied_embeddings",
-         "rope_scaling", "activation"}
+         "rope_scaling", "activation", "qkv_bias", "o_bias"}
     ),
     always=frozenset({"moe", "mla"}),
+    coupled=(("qkv_bias", "o_bias"),),
+    published_code=True,
     default_target=False,
 )  # fmt: skip

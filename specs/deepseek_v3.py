@@ -4,7 +4,7 @@ Source: transformers DeepseekV3Config and DeepseekV3ForCausalLM; deepseek-ai/Dee
 layer that predicts a further token; arXiv:2412.19437.
 """
 
-from llmconvert.spec.language import Field, Fixed, LeadingDense, SharedExperts, Spec
+from llmconvert.spec.language import Field, Fixed, LeadingDense, SharedExperts, Spec, key_value_heads
 
 SPEC = Spec(
     name="deepseek_v3",
@@ -13,7 +13,7 @@ SPEC = Spec(
     model_types=("deepseek_v3", "kimi_k2"),
     architectures=("DeepseekV3ForCausalLM",),
     config=(
-        Field("q_lora_rank", "q_lora_rank", default=None),
+        Field("q_lora_rank", "q_lora_rank", default=1536, null=None),
         Field("kv_lora_rank", "kv_lora_rank"),
         Field("qk_nope_head_dim", "qk_nope_head_dim"),
         Field("head_dim qk_rope_head_dim", "qk_rope_head_dim"),
@@ -25,22 +25,25 @@ SPEC = Spec(
         Field("norm_topk_prob", "norm_topk_prob", default=True),
         Field("n_group", "n_group", default=8),
         Field("topk_group", "topk_group", default=4),
-        Field("num_nextn_predict_layers", "num_nextn_predict_layers", default=0),
-        LeadingDense(),
-        SharedExperts(),
+        Field("num_nextn_predict_layers", "num_nextn_predict_layers", default=1),
+        LeadingDense(default=3),
+        SharedExperts(default=1),
+        key_value_heads(128),
+        Field("max_position_embeddings", "max_position_embeddings", default=4096),
         Fixed("scoring_func", "sigmoid"),
         Fixed("topk_method", "noaux_tc"),
         Fixed("router_bias rotary_interleaved", True),
-        Fixed("qkv_bias o_bias mlp_bias", False),
+        Field("qkv_bias o_bias", "attention_bias", default=False),
+        Fixed("mlp_bias", False),
     ),
-    requires={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "attention_bias": False,
-              "rope_interleave": True},
+    requires={"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1, "rope_interleave": True},
     ignores=("qk_head_dim", "aux_loss_alpha", "seq_aux", "ep_size"),
     holds=frozenset(
         {"moe", "dense_layers", "shared_experts", "sigmoid_router", "router_bias", "router_groups", "routed_scaling",
-         "mla", "mtp", "mtp_copies", "tied_embeddings", "rope_scaling", "activation"}
+         "mla", "mtp", "mtp_copies", "tied_embeddings", "rope_scaling", "activation", "qkv_bias", "o_bias"}
     ),
     always=frozenset({"moe", "mla", "sigmoid_router", "router_bias"}),
-    coupled=(("mtp", "mtp_copies"),),
+    coupled=(("mtp", "mtp_copies"), ("qkv_bias", "o_bias")),
+    published_code=True,
     default_target=False,
 )  # fmt: skip

@@ -3,7 +3,7 @@
 Source: transformers Ernie4_5Config and Ernie4_5ForCausalLM.
 """
 
-from llmconvert.spec.language import Field, Fixed, Spec
+from llmconvert.spec.language import Field, Fixed, HeadDim, Spec, key_value_heads
 from llmconvert.spec.rope import Rope
 
 SPEC = Spec(
@@ -16,6 +16,8 @@ SPEC = Spec(
         Rope(default=500_000.0, scaling=()),
         Field("max_position_embeddings", "max_position_embeddings", default=131072),
         Field("rms_norm_eps", "rms_norm_eps", default=1e-5),
+        key_value_heads(2),
+        HeadDim("head_dim", default=128),
         Fixed("rotary_interleaved", True),
         Field("tie_word_embeddings", "tie_word_embeddings", default=True),
         Field("qkv_bias o_bias mlp_bias", "use_bias", default=False),

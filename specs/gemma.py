@@ -3,7 +3,7 @@
 Source: transformers GemmaConfig and GemmaForCausalLM. `gelu` in its config files means the tanh approximation.
 """
 
-from llmconvert.spec.language import Field, Fixed, Spec, SquareRoot
+from llmconvert.spec.language import Field, Fixed, HeadDim, Spec, SquareRoot, key_value_heads
 
 SPEC = Spec(
     name="gemma",
@@ -16,6 +16,8 @@ SPEC = Spec(
               values=(("gelu", "gelu_pytorch_tanh"),)),
         Field("tie_word_embeddings", "tie_word_embeddings", default=True),
         Field("max_position_embeddings", "max_position_embeddings", default=8192),
+        key_value_heads(16),
+        HeadDim("head_dim", default=256),
         SquareRoot("embedding_multiplier", "hidden_size"),
         Fixed("unit_offset_norm embedding_multiplier_rounded", True),
         Fixed("qkv_bias o_bias mlp_bias", False, keys=("attention_bias",)),

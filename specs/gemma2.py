@@ -4,7 +4,7 @@ Source: transformers Gemma2Config and Gemma2ForCausalLM; arXiv:2408.00118.
 """
 
 from llmconvert.canonical.model import LAYER, POST_ATTENTION_NORM, POST_MLP_NORM, POST_NORM
-from llmconvert.spec.language import Field, Fixed, HeadDim, SoftmaxScale, Spec, SquareRoot, Window, row
+from llmconvert.spec.language import Field, Fixed, HeadDim, SoftmaxScale, Spec, SquareRoot, Window, key_value_heads, row
 
 SPEC = Spec(
     name="gemma2",
@@ -16,11 +16,12 @@ SPEC = Spec(
         Field("hidden_act", "hidden_activation", aliases=("hidden_act",), default="gelu_pytorch_tanh"),
         Field("tie_word_embeddings", "tie_word_embeddings", default=True),
         Field("max_position_embeddings", "max_position_embeddings", default=8192),
-        HeadDim("head_dim"),
+        key_value_heads(4),
+        HeadDim("head_dim", default=256),
         SquareRoot("embedding_multiplier", "hidden_size"),
         SoftmaxScale("query_pre_attn_scalar", power=-0.5, default=256),
-        Field("attn_logit_softcapping", "attn_logit_softcapping", default=50.0, null=True),
-        Field("final_logit_softcapping", "final_logit_softcapping", default=30.0, null=True),
+        Field("attn_logit_softcapping", "attn_logit_softcapping", default=50.0, null=None),
+        Field("final_logit_softcapping", "final_logit_softcapping", default=30.0, null=None),
         Window(default=4096, alternates=True),
         Fixed("unit_offset_norm embedding_multiplier_rounded branch_output_norm", True),
         Field("qkv_bias o_bias", "attention_bias", default=False),

@@ -4,7 +4,7 @@ Source: transformers GlmConfig and GlmForCausalLM.
 """
 
 from llmconvert.canonical.model import GATE, LAYER, UP
-from llmconvert.spec.language import Field, Fixed, Spec, row
+from llmconvert.spec.language import Field, Fixed, HeadDim, Spec, key_value_heads, row
 from llmconvert.spec.rope import Rope
 
 SPEC = Spec(
@@ -16,6 +16,9 @@ SPEC = Spec(
     config=(
         Rope(partial=0.5, partial_key="partial_rotary_factor", scaling=()),
         Fixed("rotary_interleaved", True),
+        key_value_heads(2),
+        HeadDim("head_dim", default=128),
+        Field("max_position_embeddings", "max_position_embeddings", default=131072),
         Field("rms_norm_eps", "rms_norm_eps", default=1.5625e-7),
         Field("qkv_bias", "attention_bias", default=True),
         Fixed("o_bias mlp_bias", False),

@@ -3,7 +3,7 @@
 Source: transformers Glm4MoeConfig and Glm4MoeForCausalLM.
 """
 
-from llmconvert.spec.language import Field, Fixed, HeadDim, LeadingDense, SharedExperts, Spec
+from llmconvert.spec.language import Field, Fixed, HeadDim, LeadingDense, SharedExperts, Spec, key_value_heads
 from llmconvert.spec.rope import Rope
 
 SPEC = Spec(
@@ -15,6 +15,7 @@ SPEC = Spec(
     config=(
         Field("max_position_embeddings", "max_position_embeddings", default=131072),
         Field("rms_norm_eps", "rms_norm_eps", default=1e-5),
+        key_value_heads(8),
         HeadDim("head_dim"),
         Rope(partial=0.5, partial_key="partial_rotary_factor"),
         Field("qkv_bias", "attention_bias", default=False),
@@ -27,9 +28,9 @@ SPEC = Spec(
         Field("norm_topk_prob", "norm_topk_prob", default=True),
         Field("n_group", "n_group", default=1),
         Field("topk_group", "topk_group", default=1),
-        Field("num_nextn_predict_layers", "num_nextn_predict_layers", default=0),
-        LeadingDense(),
-        SharedExperts(),
+        Field("num_nextn_predict_layers", "num_nextn_predict_layers", default=1),
+        LeadingDense(default=1),
+        SharedExperts(default=1),
         Fixed("scoring_func", "sigmoid"),
         Fixed("topk_method", "noaux_tc"),
         Fixed("router_bias", True),

@@ -15,8 +15,8 @@ SPEC = Spec(
     architectures=("InternLM2ForCausalLM",),
     config=(
         HeadDim(None),
-        Rope(scaling=("dynamic", "linear")),
-        Field("qkv_bias o_bias", "bias", default=False),
+        Rope(scaling=("dynamic", "linear"), two_keys=True),
+        Field("qkv_bias o_bias", "bias", default=True),
         Field("mlp_bias", "mlp_bias", default=False),
     ),
     weights=(
@@ -30,6 +30,6 @@ SPEC = Spec(
         row("model.layers.{i}.ffn_norm.{p}", POST_NORM),
         row("output.{p}", HEAD),
     ),
-    holds=frozenset({"qkv_bias", "o_bias", "grouped_query", "rope_scaling", "activation"}),
+    holds=frozenset({"qkv_bias", "o_bias", "grouped_query", "rope_scaling", "activation", "tied_embeddings"}),
     coupled=(("qkv_bias", "o_bias"),),
 )

@@ -3,7 +3,7 @@
 Source: transformers MistralConfig and MistralForCausalLM. A missing `sliding_window` means 4096; null means none.
 """
 
-from llmconvert.spec.language import Field, Fixed, Spec, Window
+from llmconvert.spec.language import Field, Fixed, Spec, Window, key_value_heads
 
 SPEC = Spec(
     name="mistral",
@@ -13,6 +13,7 @@ SPEC = Spec(
     architectures=("MistralForCausalLM",),
     config=(
         Field("max_position_embeddings", "max_position_embeddings", default=131072),
+        key_value_heads(8),
         Window(default=4096),
         Fixed("qkv_bias o_bias mlp_bias", False),
     ),

@@ -4,7 +4,7 @@ Source: transformers MixtralConfig and MixtralForCausalLM. The chosen experts' s
 """
 
 from llmconvert.canonical.model import EXPERT_DOWN, EXPERT_GATE, EXPERT_UP, LAYER, ROUTER
-from llmconvert.spec.language import AllLayers, Field, Fixed, Spec, Window, row
+from llmconvert.spec.language import AllLayers, Field, Fixed, Spec, Window, key_value_heads, row
 from llmconvert.spec.rope import Rope
 
 SPEC = Spec(
@@ -19,6 +19,7 @@ SPEC = Spec(
         Field("num_experts_per_tok", "num_experts_per_tok"),
         Field("max_position_embeddings", "max_position_embeddings", default=131072),
         Field("rms_norm_eps", "rms_norm_eps", default=1e-5),
+        key_value_heads(8),
         AllLayers(),
         Rope(default=1e6),
         Fixed("norm_topk_prob", True),

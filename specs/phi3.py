@@ -15,7 +15,7 @@ SPEC = Spec(
     architectures=("Phi3ForCausalLM",),
     config=(
         HeadDim("head_dim"),
-        Rope(partial_key="partial_rotary_factor", scaling=("longrope",), bare_longrope=True),
+        Rope(partial_key="partial_rotary_factor", scaling=("longrope",), bare_longrope=True, original=4096),
         Field("rms_norm_eps", "rms_norm_eps", default=1e-5),
         Field("max_position_embeddings", "max_position_embeddings", default=4096),
         Window(),

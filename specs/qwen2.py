@@ -3,7 +3,7 @@
 Source: transformers Qwen2Config and Qwen2ForCausalLM.
 """
 
-from llmconvert.spec.language import Field, Fixed, Spec, Window
+from llmconvert.spec.language import Field, Fixed, Spec, Window, key_value_heads
 
 SPEC = Spec(
     name="qwen2",
@@ -13,6 +13,7 @@ SPEC = Spec(
     architectures=("Qwen2ForCausalLM",),
     config=(
         Field("max_position_embeddings", "max_position_embeddings", default=32768),
+        key_value_heads(32),
         Fixed("qkv_bias", True),
         Fixed("o_bias mlp_bias", False),
         Window(switch="use_sliding_window", from_layer="max_window_layers", first=28, default=4096),

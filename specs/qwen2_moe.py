@@ -4,7 +4,7 @@ Source: transformers Qwen2MoeConfig and Qwen2MoeForCausalLM.
 """
 
 from llmconvert.canonical.model import LAYER, SHARED_DOWN, SHARED_GATE, SHARED_UP
-from llmconvert.spec.language import Field, Fixed, SparseStep, Spec, Window, row
+from llmconvert.spec.language import Field, Fixed, SparseStep, Spec, Window, key_value_heads, row
 
 SPEC = Spec(
     name="qwen2_moe",
@@ -14,6 +14,7 @@ SPEC = Spec(
     architectures=("Qwen2MoeForCausalLM",),
     config=(
         Field("max_position_embeddings", "max_position_embeddings", default=32768),
+        key_value_heads(16),
         Field("num_experts", "num_experts", aliases=("num_local_experts",)),
         Field("num_experts_per_tok", "num_experts_per_tok"),
         Field("moe_intermediate_size", "moe_intermediate_size"),

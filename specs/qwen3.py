@@ -4,7 +4,7 @@ Source: transformers Qwen3Config and Qwen3ForCausalLM. Read, it can go nowhere b
 made to do nothing.
 """
 
-from llmconvert.spec.language import Field, Fixed, HeadDim, Spec, Window
+from llmconvert.spec.language import Field, Fixed, HeadDim, Spec, Window, key_value_heads
 
 SPEC = Spec(
     name="qwen3",
@@ -14,7 +14,8 @@ SPEC = Spec(
     architectures=("Qwen3ForCausalLM",),
     config=(
         Field("max_position_embeddings", "max_position_embeddings", default=32768),
-        HeadDim("head_dim"),
+        key_value_heads(32),
+        HeadDim("head_dim", default=128),
         Field("qkv_bias o_bias", "attention_bias", default=False),
         Fixed("mlp_bias", False),
         Fixed("qk_norm", True),

@@ -4,7 +4,7 @@ Source: transformers Qwen3MoeConfig and Qwen3MoeForCausalLM. Versions of transfo
 experts, so both are written.
 """
 
-from llmconvert.spec.language import Field, Fixed, HeadDim, SparseStep, Spec, Window
+from llmconvert.spec.language import Field, Fixed, HeadDim, SparseStep, Spec, Window, key_value_heads
 
 SPEC = Spec(
     name="qwen3_moe",
@@ -14,6 +14,7 @@ SPEC = Spec(
     architectures=("Qwen3MoeForCausalLM",),
     config=(
         Field("max_position_embeddings", "max_position_embeddings", default=32768),
+        key_value_heads(4),
         HeadDim("head_dim"),
         Field("num_experts", "num_experts", also=("num_local_experts",)),
         Field("num_experts_per_tok", "num_experts_per_tok"),

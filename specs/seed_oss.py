@@ -3,7 +3,7 @@
 Source: transformers SeedOssConfig and SeedOssForCausalLM.
 """
 
-from llmconvert.spec.language import Field, Spec
+from llmconvert.spec.language import Field, HeadDim, Spec, key_value_heads
 
 SPEC = Spec(
     name="seed_oss",
@@ -13,6 +13,8 @@ SPEC = Spec(
     architectures=("SeedOssForCausalLM",),
     config=(
         Field("max_position_embeddings", "max_position_embeddings", default=524288),
+        key_value_heads(8),
+        HeadDim("head_dim", default=128),
         Field("qkv_bias", "attention_bias", default=True),
         Field("o_bias", "attention_out_bias", default=False),
         Field("mlp_bias", "mlp_bias", default=False),

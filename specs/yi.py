@@ -4,7 +4,7 @@ Source: modeling_yi.py as first published with 01-ai/Yi-6B. Later Yi checkpoints
 """
 
 from llmconvert.canonical.model import INPUT_NORM, POST_NORM
-from llmconvert.spec.language import Drop, Field, Fixed, Spec, row
+from llmconvert.spec.language import Drop, Field, Fixed, Spec, key_value_heads, row
 from llmconvert.spec.rope import Rope
 
 SPEC = Spec(
@@ -15,6 +15,7 @@ SPEC = Spec(
     architectures=("YiForCausalLM",),
     config=(
         Rope(default=5_000_000.0, scaling=()),
+        key_value_heads(4),
         Field("max_position_embeddings", "max_position_embeddings", default=4096),
         Field("rms_norm_eps", "rms_norm_eps", default=1e-5),
         Fixed("qkv_bias o_bias mlp_bias", False),
@@ -24,6 +25,6 @@ SPEC = Spec(
         row("model.layers.{i}.ln2.{p}", POST_NORM),
     ),
     drops=(Drop("model.layers.{i}.self_attn.rotary_emb.inv_freq", "recomputed from the config"),),
-    holds=frozenset({"grouped_query", "activation"}),
+    holds=frozenset({"grouped_query", "activation", "tied_embeddings"}),
     aka=("llama",),
 )

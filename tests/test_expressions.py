@@ -159,12 +159,12 @@ def test_take_apart_undoes_put_together(config: CanonicalConfig, name: str, tmp_
     """Writing a model in any dialect and reading it back by the same rows gives every canonical tensor."""
     spec = registry().specs[name]
     model = _model(config, tmp_path)
-    stored = emit(spec, model)
+    stored = emit(spec, model, {})
     back: dict[str, ex.Expression] = {}
-    for binding in bind(spec, config):
+    for binding in bind(spec, config, {}):
         assert stored[binding.stored].shape == binding.shape
         back |= binding.take_apart(stored[binding.stored], config)
-    kept = {n for b in bind(spec, config) for n in b.parts}
+    kept = {n for b in bind(spec, config, {}) for n in b.parts}
     assert kept <= set(model.tensors)
     for tensor in kept:
         assert torch.equal(_evaluate(back[tensor]), _evaluate(model.tensors[tensor]))

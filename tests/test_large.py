@@ -198,7 +198,7 @@ def test_any_sizes_have_one_name_a_tensor(data: st.DataObject) -> None:
     assert len(shapes) == len(set(shapes)) and list(shapes)[0] == "model.embed_tokens.weight"
     expert_layers = sum(read.has_experts(i) for i in read.layers)
     assert sum(".experts." in name for name in shapes) == 3 * experts * expert_layers
-    bindings = bind(spec, read)
+    bindings = bind(spec, read, config)
     assert sorted(name for b in bindings for name in b.parts) == sorted(shapes)
     assert len({b.stored for b in bindings}) == len(bindings)
     again = read_config(spec, json.loads(json.dumps(write_config(spec, read, {}, "BF16"))))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llmconvert.errors import Refused
 from llmconvert.verify.reference import find_reference
-from llmconvert.verify.reference.baichuan import BaichuanForCausalLM, NormHead, alibi_slopes
+from llmconvert.verify.reference.baichuan import BaichuanForCausalLM, NormHead, alibi_slopes, form
 
 State = dict[str, Tensor]
 LAYERS = 3
@@ -100,6 +100,15 @@ def _qwen(state: State, gate: str = "w2", up: str = "w1") -> State:
     return out
 
 
+def _chatglm_mha(state: State) -> State:
+    """Without grouped queries each head's query, key and value lie together."""
+    regrouped = dict(state)
+    for name, packed in state.items():
+        if name.endswith("query_key_value.weight"):
+            regrouped[name] = packed.unflatten(0, (6, 3, 16)).transpose(0, 1).flatten(0, 2)
+    return _chatglm(regrouped, kv_heads=6, bias=False)
+
+
 def _chatglm(state: State, kv_heads: int = 2, bias: bool = True) -> State:
     names = {
         "mlp.gate_up_proj.weight": "mlp.dense_h_to_4h.weight", "mlp.down_proj.weight": "mlp.dense_4h_to_h.weight",
@@ -130,7 +139,7 @@ TWINS: dict[str, tuple[str, Callable[[State], State], dict[str, Any]]] = {
     "qwen": ("Qwen2", _qwen, {"rope_theta": 1e6}),
     "qwen_2023": ("Qwen2", _qwen, {"rope_theta": 1e6}),
     "chatglm2": ("Glm", _chatglm, GLM),
-    "chatglm_mha": ("Glm", lambda state: _chatglm(state, kv_heads=6, bias=False), GLM_MHA),
+    "chatglm_mha": ("Glm", _chatglm_mha, GLM_MHA),
     "glm4_9b": ("Glm", _chatglm, {**GLM, "rope_theta": 5e6, "rms_norm_eps": 1.5625e-7}),
 }
 # Beyond what the tiny configs say, so that positions far out are allowed.
@@ -257,14 +266,19 @@ def test_chatglm_stores_its_frequencies() -> None:
     assert stored.shape == (4,) and stored[0] == 1.0  # half of 16 dimensions, in pairs
 
 
-def test_norm_head_follows_the_config() -> None:
-    def normalises(config: dict[str, Any], norm_head: bool | None = None) -> bool:
-        return isinstance(BaichuanForCausalLM({**config, "num_hidden_layers": 1}, norm_head).lm_head, NormHead)
-
-    first, second, alibi = (checkpoints.REMOTE[arch] for arch in ("baichuan", "baichuan2", "baichuan_13b"))
-    assert not normalises(first) and normalises(second) and not normalises(alibi)
-    assert normalises({**alibi, "vocab_size": 125696, "hidden_size": 6, "intermediate_size": 2})
-    assert normalises(first, norm_head=True) and not normalises(second, norm_head=False)
+def test_which_baichuan_it_is_follows_the_config() -> None:
+    first, second = checkpoints.REMOTE["baichuan"], checkpoints.REMOTE["baichuan2"]
+    alibi = {key: value for key, value in checkpoints.REMOTE["baichuan_13b"].items() if key not in ("position_embedding", "norm_head")}
+    assert form(first) == form({**first, "vocab_size": 125696}) == (False, False)
+    assert form(second) == form({**second, "vocab_size": 64001}) == (False, True)
+    with pytest.raises(Refused, match="does not tell"):
+        form(alibi)
+    large = {"num_attention_heads": 40, "num_hidden_layers": 40}
+    for sizes in (large, {"gradient_checkpointing": False}):
+        assert form({**alibi, **sizes, "vocab_size": 64000}) == (True, False)
+        assert form({**alibi, **sizes, "vocab_size": 125696}) == form({**alibi, **sizes, "z_loss_weight": 0}) == (True, True)
+    assert form({**alibi, "position_embedding": "ALIBI", "norm_head": True}) == (True, True)
+    assert isinstance(BaichuanForCausalLM({**second, "num_hidden_layers": 1}).lm_head, NormHead)
 
 
 @pytest.mark.parametrize("config", [{"use_logn_attn": False}, {"use_dynamic_ntk": False}])
@@ -280,12 +294,15 @@ def test_qwen_without_dynamic_scaling_has_no_limit() -> None:
     model(IDS)
 
 
-def test_internlm2_refuses_what_dynamic_scaling_reaches() -> None:
+@pytest.mark.parametrize("length", [12, 256])
+def test_dynamic_scaling_acts_beyond_the_length(length: int) -> None:
     scaling = {"type": "dynamic", "factor": 2.0}
-    model, _ = checkpoints.build_remote("internlm2", rope_scaling=scaling, max_position_embeddings=12)
-    model(IDS[:, :12])
-    with pytest.raises(ValueError, match="beyond 12"):
-        model(IDS)
+    native = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}}
+    reference, twin = _twins(
+        "internlm2", {"rope_scaling": scaling, "max_position_embeddings": length}, max_position_embeddings=length, **native
+    )
+    assert _distance(reference, twin) < ROUNDING
+    assert (_distance(_twins("internlm2")[0], twin) > WRONG) == (length == 12)
 
 
 @pytest.mark.parametrize("arch, key, value", [

@@ -57,6 +57,8 @@ def check_holds(config: CanonicalConfig) -> None:
             f"megatron-core divides sigmoid scores by their sum if several experts are chosen, and does not if one is; the "
             f"checkpoint says norm_topk_prob {c.norm_topk_prob} and num_experts_per_tok {c.num_experts_per_tok}"
         )
+    if c.kv_lora_rank is not None and (c.qkv_bias or c.o_bias):
+        raise Refused("megatron-core has no biases in latent attention (`attention_bias`)")
     if scaling is None:
         return
     kind = scaling.get("rope_type", scaling.get("type"))

@@ -233,9 +233,9 @@ def plan_merge(
         raise Refused("; ".join(faults[:3]), where=str(path), hint="choose another `--to`")
     if dtype:
         model = replace(model, tensors={name: cast(e, FROM_NAME[dtype]) for name, e in model.tensors.items()})
-    tensors = emit(target, model)
-    main = Counter(e.dtype for e in tensors.values()).most_common(1)[0][0]
+    main = Counter(e.dtype for e in model.tensors.values()).most_common(1)[0][0]
     config, notes = _config(opened, target, model.config, main)
+    tensors = emit(target, model, config)
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
     texts = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
     texts |= index_texts(outputs, files) | code_texts(target)

@@ -32,6 +32,7 @@ from llmconvert.engine.plan import Plan, WeightFile
 from llmconvert.engine.publish import check_destination
 from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.spec.dialect import Lifted, lift, read_config
+from llmconvert.spec.disagreements import refuse_disagreements
 from llmconvert.spec.fused import unfused
 from llmconvert.spec.language import Spec
 from llmconvert.spec.quantised import FP8
@@ -126,9 +127,13 @@ def plan_split(
         raise Usage("`--make-vocab-size-divisible-by` must be at least 1")
     known = registry(spec_file)
     checkpoint = unfused(open_checkpoint(source))
-    spec = known.detect(checkpoint.config)
+    spec = known.detect(checkpoint.config, checkpoint.tensors, checkpoint.path)
     config = read_config(spec, checkpoint.config, checkpoint.tensors)
     lifted = lift(spec, checkpoint, config, dtype=FROM_NAME[dtype or "bfloat16"])
+    try:
+        remarks = refuse_disagreements(spec, config, lifted.model.tensors, checkpoint.config)
+    except Refused as error:
+        raise Refused(error.what, where=str(checkpoint.path), hint=error.hint) from None
     model, steps = lower_to_megatron(lifted.model, checkpoint)
     if dtype:
         model = replace(model, tensors={name: cast(e, FROM_NAME[dtype]) for name, e in model.tensors.items()})
@@ -168,7 +173,7 @@ def plan_split(
         checkpoint.path, outputs, files, texts, copies, model.checks, _identity(checkpoint, files, summary), summary
     )
     ledger = account(plan, checkpoint.tensors, lifted.dropped | checked_away(model))
-    notes = lifted.notes + extra.notes + arguments.departures(model.config)
+    notes = lifted.notes + remarks + extra.notes + arguments.departures(model.config)
     eight = sum(tensor.dtype == FP8 for tensor in checkpoint.tensors.values())
     if eight:
         notes += (f"{eight} FP8 tensors are dequantised in float32 and rounded once",)
@@ -249,13 +254,14 @@ def split_checkpoint(
     if dry_run:
         return report
     check_destination(conversion.checkpoint.path, target, overwrite=overwrite)
-    refuse_unprovable(proving, [("source", conversion.checkpoint.path)])
+    path, told = conversion.checkpoint.path, conversion.spec.told
+    refuse_unprovable(proving, [("source", path)], {path: told})
     if proving.verify == LOGITS:
         arguments.refuse_departures(conversion.model.config)
     return run(
         conversion.plan, conversion.checkpoint.path, target, report, proving, workers, overwrite, resume, sync, progress,
         pairs=lambda written: _pairs(conversion, written),
-        prove=lambda written, shown: prove_written(conversion.checkpoint.path, written, conversion.plan, proving, shown),
+        prove=lambda written, shown: prove_written(path, written, conversion.plan, proving, shown, (told, {})),
     )  # fmt: skip
 
 

@@ -64,7 +64,8 @@ class CanonicalConfig:
         rotary_padded: a partial rotation spread over the whole head: pair j is (j, j + head_dim/2) and the pairs
             from rotary_dim/2 on have frequency zero. The only form of partial rotation stock Llama can run.
         rope_theta: the base over `rotary_dim` dimensions.
-        qkv_bias, o_bias, mlp_bias: which projections carry a bias.
+        qkv_bias, o_bias, mlp_bias: which projections carry a bias; with latent attention `qkv_bias` is that of what leads
+            to the latents, `q_a_proj` and `kv_a_proj_with_mqa`.
         norm_head: the head's rows are normalised at inference (Baichuan2's NormHead).
         unit_offset_norm: norms multiply by 1 + weight (Gemma).
         embedding_multiplier, residual_multiplier, logits_scaling: as in GraniteConfig; 1 in Llama.
@@ -361,7 +362,8 @@ def shapes(config: CanonicalConfig) -> dict[str, tuple[int, ...]]:
     around = {EMBED: (c.vocab_size, c.hidden_size), NORM: (c.hidden_size,)}
     if not c.tie_word_embeddings:
         around[HEAD] = (c.vocab_size, c.hidden_size)
-    biased = {m for m in (Q, K, V) if c.qkv_bias} | {m for m in (O,) if c.o_bias}
+    inward = (Q, K, V) if c.kv_lora_rank is None else (Q_A, KV_A)
+    biased = {m for m in inward if c.qkv_bias} | {m for m in (O,) if c.o_bias}
     biased |= {m for m in (GATE, UP, DOWN) if c.mlp_bias}
     result: dict[str, tuple[int, ...]] = {}
     for module, name, i in placed(c):

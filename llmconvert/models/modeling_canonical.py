@@ -271,13 +271,13 @@ class CanonicalAttention(nn.Module):
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=False)
         else:
-            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=config.qkv_bias)
             self.q_a_layernorm = _norm(config, config.q_lora_rank, _LATENT_NORM_EPS)
             self.q_b_proj = nn.Linear(config.q_lora_rank, heads * self.head_dim, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(hidden, rank + self.rope, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, rank + self.rope, bias=config.qkv_bias)
         self.kv_a_layernorm = _norm(config, rank, _LATENT_NORM_EPS)
         self.kv_b_proj = nn.Linear(rank, heads * (self.nope + self.value_dim), bias=False)
-        self.o_proj = nn.Linear(heads * self.value_dim, hidden, bias=False)
+        self.o_proj = nn.Linear(heads * self.value_dim, hidden, bias=config.o_bias)
 
     def _grouped(
         self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, cache: Cache | None

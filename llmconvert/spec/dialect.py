@@ -31,6 +31,7 @@ _INTEGERS = {
 _SCALE_DTYPES = FLOATS | {"U8", "F8_E8M0"}
 
 _BIASES = {"qkv_bias": canonical.Q, "o_bias": canonical.O, "mlp_bias": canonical.DOWN}
+"""A module that has a bias where the attribute is true; in latent attention `qkv_bias` shows in the keys' and values'."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Lifted:
 
 def keys_read(spec: Spec) -> set[str]:
     """Every config key the spec understands."""
-    return {key for f in spec.fields for key in f.keys} | set(spec.ignores) | set(spec.constants) | set(spec.requires)
+    by_fields = {key for f in spec.fields for key in f.keys}
+    return by_fields | {*spec.ignores, *spec.constants, *spec.requires, *spec.told}
 
 
 def read_config(spec: Spec, config: Mapping[str, Any], names: Iterable[str] | None = None) -> CanonicalConfig:
@@ -66,7 +68,7 @@ def read_config(spec: Spec, config: Mapping[str, Any], names: Iterable[str] | No
         Refused: a key nobody reads changes the maths.
     """
     keys.check_unread(config, keys_read(spec), spec.name)
-    keys.check_required(config, spec.requires, spec.name)
+    keys.check_required(config, {**spec.requires, **spec.told}, spec.name)
     values: dict[str, Any] = {}
     for f in spec.fields:
         try:
@@ -93,7 +95,8 @@ def read_config(spec: Spec, config: Mapping[str, Any], names: Iterable[str] | No
 
 def _settle_biases(spec: Spec, config: Mapping[str, Any], values: dict[str, Any], names: set[str]) -> None:
     rows = {module: row for row in all_rows(spec) for module in row.modules}
-    for attribute, module in _BIASES.items():
+    latent = {"qkv_bias": canonical.KV_A} if values.get("kv_lora_rank") else {}
+    for attribute, module in (_BIASES | latent).items():
         field = next((f for f in spec.config if attribute in f.attributes), None)
         if not isinstance(field, Field) or "{p}" not in rows[module].stored:
             continue
@@ -152,7 +155,7 @@ def lift(
     """
     block = quantisation(checkpoint)
     c = config or read_config(spec, checkpoint.config, checkpoint.tensors)
-    bindings = bind(spec, c)
+    bindings = bind(spec, c, checkpoint.config)
     remaining = dict(checkpoint.tensors)
     dropped: dict[str, str] = {}
     for drop in spec.drops:
@@ -195,9 +198,9 @@ def lift(
     checks = _aliases(spec, c, checkpoint.tensors, remaining, tensors, dropped)
     if missing or misshapen or remaining:
         raise _unexplained(spec, checkpoint, c, missing, misshapen, sorted(remaining))
-    notes = tuple(n.text for n in spec.notes if checkpoint.config.get(n.key) not in (None, False, 1, 1.0))
-    predicted = checkpoint.config.get("num_nextn_predict_layers") or 0
-    if "mtp" in spec.holds and predicted != c.num_nextn_predict_layers:
+    notes = tuple(note.text for note in spec.notes if note.concerns(checkpoint.config))
+    predicted = checkpoint.config.get("num_nextn_predict_layers")
+    if "mtp" in spec.holds and predicted is not None and predicted != c.num_nextn_predict_layers:
         notes += (
             f"config.json says num_nextn_predict_layers {predicted}, the checkpoint holds {c.num_nextn_predict_layers} "
             "such layers: the tensors are believed",
@@ -285,13 +288,23 @@ def write_config(spec: Spec, config: CanonicalConfig, carried: Mapping[str, Any]
     head: dict[str, Any] = {"architectures": [spec.architectures[0]], "model_type": spec.model_types[0]}
     # An absent token id would be filled in by the target class with one of its own.
     head |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    return {**head, **carried, **spec.constants, **spec.requires, **own, "torch_dtype": TO_NAME.get(dtype, "float32")}
+    fixed = {**spec.constants, **spec.requires, **spec.told}
+    return {**head, **carried, **fixed, **own, "torch_dtype": TO_NAME.get(dtype, "float32")}
 
 
-def emit(spec: Spec, model: CanonicalModel) -> dict[str, Expression]:
-    """The stored tensors of a model in the spec's dialect, in writing order."""
+def emit(spec: Spec, model: CanonicalModel, written: Mapping[str, Any]) -> dict[str, Expression]:
+    """The stored tensors of a model in the spec's dialect, in writing order.
+
+    Args:
+        spec: the dialect.
+        model: lowered to what the spec holds.
+        written: the config.json that goes with them.
+
+    Raises:
+        Refused: tensors of several dtypes, or scales, cannot be packed into one.
+    """
     result: dict[str, Expression] = {}
-    for binding in bind(spec, model.config):
+    for binding in bind(spec, model.config, written):
         result[binding.stored] = binding.put_together(model.tensors, model.config)
         scales = [name + SCALE for name in binding.parts if name + SCALE in model.tensors]
         if scales and len(binding.parts) > 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llmconvert.canonical import model as canonical
 from llmconvert.canonical.model import CanonicalConfig
@@ -19,12 +20,12 @@ class Binding:
 
     Attributes:
         stored: the stored name.
-        row: the row it comes from.
+        pack: how the parts lie in it; see `Row`.
         parts: the canonical names, in order; `shapes` their shapes.
     """
 
     stored: str
-    row: Row
+    pack: str
     parts: tuple[str, ...]
     shapes: tuple[Shape, ...]
 
@@ -35,7 +36,7 @@ class Binding:
 
     def take_apart(self, stored: Expression, config: CanonicalConfig) -> dict[str, Expression]:
         """The canonical tensors as expressions over the stored one."""
-        if self.row.pack == "grouped":
+        if self.pack == "grouped":
             return self._ungroup(stored, config)
         result, start = {}, 0
         for name, shape in zip(self.parts, self.shapes, strict=True):
@@ -69,7 +70,7 @@ class Binding:
             )
         if len(parts) == 1:
             return parts[0]
-        return interleave(parts, self._chunks(config)) if self.row.pack == "grouped" else concat(parts)
+        return interleave(parts, self._chunks(config)) if self.pack == "grouped" else concat(parts)
 
 
 def all_rows(spec: Spec) -> tuple[Row, ...]:
@@ -78,8 +79,14 @@ def all_rows(spec: Spec) -> tuple[Row, ...]:
     return spec.weights + tuple(Row(m + ".{p}", (m,)) for m in canonical.MODULES if m not in covered)
 
 
-def bind(spec: Spec, config: CanonicalConfig) -> list[Binding]:
-    """Every stored tensor a model of this config has in the spec's architecture, in the order of the model's layers."""
+def bind(spec: Spec, config: CanonicalConfig, stated: Mapping[str, Any]) -> list[Binding]:
+    """Every stored tensor a model has in the spec's architecture, in the order of the model's layers.
+
+    Args:
+        spec: the architecture.
+        config: the model.
+        stated: its config.json, which may say how tensors are packed.
+    """
     shapes = canonical.shapes(config)
     expected = {row.modules[0]: row for row in all_rows(spec)}
     bindings: list[Binding] = []
@@ -92,7 +99,7 @@ def bind(spec: Spec, config: CanonicalConfig) -> list[Binding]:
             if f"{name}.{param}" in shapes:
                 parts = tuple(f"{_placed(m, i, j)}.{param}" for m in row.modules)
                 stored = _placed(row.stored, i, j).replace("{p}", param)
-                bindings.append(Binding(stored, row, parts, tuple(shapes[part] for part in parts)))
+                bindings.append(Binding(stored, row.pack_in(stated), parts, tuple(shapes[part] for part in parts)))
     return bindings
 
 

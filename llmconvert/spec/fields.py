@@ -14,6 +14,9 @@ from llmconvert.spec.rope import Rope, RopeParameters
 REQUIRED = "REQUIRED"
 """The default of a field whose key must be present: sizes are never guessed."""
 
+UNSET = "UNSET"
+"""No value of its own."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -24,22 +27,24 @@ class Field:
         key: the config key written, and read first.
         aliases: other keys it is read from.
         default: value where no key is present; REQUIRED to insist, or `=other` for another attribute's value.
+        null: value where a key is present and null, likewise; `default` if UNSET.
         times: canonical value = stored value × times.
-        only_if: a boolean key that must be true for `key` to count; otherwise the default holds.
+        only_if: a boolean key that must be true for `key` to count; otherwise the value is `otherwise`.
+        otherwise: see `only_if`.
         values: stored values with another canonical spelling.
         also: further keys the value is written under, and read from.
-        null: a key set to null means None, and only an absent one the default.
     """
 
     attribute: str
     key: str
     aliases: tuple[str, ...] = ()
     default: Any = REQUIRED
+    null: Any = UNSET
     times: float = 1.0
     only_if: str | None = None
+    otherwise: Any = None
     values: tuple[tuple[str, str], ...] = ()
     also: tuple[str, ...] = ()
-    null: bool = False
 
     @property
     def attributes(self) -> tuple[str, ...]:
@@ -57,28 +62,29 @@ class Field:
         Raises:
             BadInput: a required key is missing or not a number where one is needed.
         """
-        value: Any = next(
-            (config[key] for key in (self.key, *self.also, *self.aliases) if config.get(key) is not None), None
-        )
+        names = (self.key, *self.also, *self.aliases)
+        value: Any = next((config[name] for name in names if config.get(name) is not None), None)
         if self.only_if is not None and not config.get(self.only_if):
-            value = None
-        if value is None:
-            if self.null and self.key in config:
-                return dict.fromkeys(self.attributes)
-            if self.default is REQUIRED:
+            value = _resolved(self.otherwise, done)
+        elif value is None:
+            stated = any(name in config for name in names)
+            value = self.default if self.null is UNSET or not stated else self.null
+            if value is REQUIRED:
                 raise BadInput(f"the key `{self.key}` is missing", where="config.json")
-            value = self.default
-            if isinstance(value, str) and value.startswith("="):
-                value = done[value[1:]]
-            return dict.fromkeys(self.attributes, value)
+            value = _resolved(value, done)
+        else:
+            value = self._canonical(value)
+        return dict.fromkeys(self.attributes, value)
+
+    def _canonical(self, value: Any) -> Any:
         if isinstance(value, str):
-            value = dict(self.values).get(value, value)
-        elif isinstance(value, list):
-            value = tuple(value)
+            return dict(self.values).get(value, value)
+        if isinstance(value, list):
+            return tuple(value)
         if self.times != 1.0:
             value = float(value) * self.times
-            value = int(value) if value.is_integer() else value
-        return dict.fromkeys(self.attributes, value)
+            return int(value) if value.is_integer() else value
+        return value
 
     def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
         """The key and its value."""
@@ -89,9 +95,25 @@ class Field:
         return {**dict.fromkeys((self.key, *self.also), value), **({self.only_if: True} if self.only_if else {})}
 
 
+def _resolved(value: Any, done: Mapping[str, Any]) -> Any:
+    """A default: itself, or another attribute's value."""
+    return done[value[1:]] if isinstance(value, str) and value.startswith("=") else value
+
+
+def key_value_heads(default: int) -> Field:
+    """`num_key_value_heads` as most classes read it: a default of their own if absent, one a query head if null."""
+    return Field("num_key_value_heads", "num_key_value_heads", default=default, null="=num_attention_heads")
+
+
 @dataclass(frozen=True)
 class Fixed:
-    """An attribute the architecture's code fixes; there is no key for it."""
+    """An attribute the architecture's code fixes; there is no key for it.
+
+    Attributes:
+        attribute: the canonical attribute, or several separated by spaces.
+        value: theirs; `=other` for another attribute's.
+        keys: config keys that the code does not read, and that say nothing therefore.
+    """
 
     attribute: str
     value: Any
@@ -104,7 +126,7 @@ class Fixed:
 
     def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
         """The fixed value."""
-        return dict.fromkeys(self.attributes, self.value)
+        return dict.fromkeys(self.attributes, _resolved(self.value, done))
 
     def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
         """Nothing to write.
@@ -113,17 +135,23 @@ class Fixed:
             Refused: the model has another value.
         """
         for attribute in self.attributes:
-            value = getattr(config, attribute)
-            if value != self.value:
-                raise Refused(f"{target} fixes `{attribute}` to {self.value!r}; the checkpoint has {value!r}")
+            value, fixed = getattr(config, attribute), _resolved(self.value, vars(config))
+            if value != fixed:
+                raise Refused(f"{target} fixes `{attribute}` to {fixed!r}; the checkpoint has {value!r}")
         return {}
 
 
 @dataclass(frozen=True)
 class HeadDim:
-    """head_dim: a key, or hidden_size / num_attention_heads where it is absent."""
+    """head_dim: a key, or hidden_size / num_attention_heads where it is absent or null.
+
+    Attributes:
+        key: the key, or None where the code always divides.
+        default: the value where the key is absent, of classes that have one.
+    """
 
     key: str | None = "head_dim"
+    default: int | None = None
     attributes = ("head_dim",)
 
     @property
@@ -137,7 +165,7 @@ class HeadDim:
         Raises:
             BadInput: hidden_size is not a multiple of num_attention_heads and there is no key.
         """
-        value = config.get(self.key) if self.key else None
+        value = config.get(self.key, self.default) if self.key else None
         if value is None:
             value, rest = divmod(done["hidden_size"], done["num_attention_heads"])
             if rest:
@@ -214,75 +242,6 @@ class SoftmaxScale:
         return {self.key: round(value) if whole else value}
 
 
-@dataclass(frozen=True)
-class ByArchitecture:
-    """A boolean told by config.json's `architectures`, or by the telling value of a key.
-
-    Attributes:
-        attribute: the canonical attribute.
-        name: the architecture for which it is true.
-        or_key: a key and the value for which it is true whatever the architecture.
-        unless_absent: a key without which the architecture's name tells nothing.
-    """
-
-    attribute: str
-    name: str
-    or_key: tuple[str, Any]
-    unless_absent: str
-    keys: tuple[str, ...] = ()
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """The canonical attribute it sets."""
-        return (self.attribute,)
-
-    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether the config names the architecture, or has the value."""
-        named = config.get(self.unless_absent) is not None and self.name in (config.get("architectures") or ())
-        return {self.attribute: named or config.get(self.or_key[0]) == self.or_key[1]}
-
-    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """The architecture's name, where it is true.
-
-        Raises:
-            Refused: what is written would be read otherwise.
-        """
-        value, key = getattr(config, self.attribute), self.or_key[0]
-        told = getattr(config, key) == self.or_key[1]
-        if told and not value:
-            raise Refused(f"{target} with `{key}` {self.or_key[1]} always has `{self.attribute}`")
-        if value and config.alibi and not told:
-            raise Refused(f"{target} with ALiBi has `{self.attribute}` for `{key}` {self.or_key[1]} alone")
-        return {"architectures": [self.name]} if value else {}
-
-
-@dataclass(frozen=True)
-class WithoutKey:
-    """A boolean that is true where a key is absent from the config, of an architecture of its own."""
-
-    attribute: str
-    absent: str
-    architecture: str
-
-    @property
-    def attributes(self) -> tuple[str, ...]:
-        """The canonical attribute it sets."""
-        return (self.attribute,)
-
-    @property
-    def keys(self) -> tuple[str, ...]:
-        """The config keys it understands."""
-        return (self.absent,)
-
-    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
-        """Whether the key is absent."""
-        return {self.attribute: config.get(self.absent) is None}
-
-    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
-        """The key set to null and the architecture, where it is true; else nothing, the key being another field's."""
-        return {self.absent: None, "architectures": [self.architecture]} if getattr(config, self.attribute) else {}
-
-
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -351,8 +310,9 @@ class Window:
 
 @dataclass(frozen=True)
 class LeadingDense:
-    """Which layers have experts: all but the first few (DeepSeek)."""
+    """Which layers have experts: all but the first few, `default` where the key is absent (DeepSeek)."""
 
+    default: int = 0
     key: str = "first_k_dense_replace"
     attributes = ("moe_layers",)
 
@@ -363,7 +323,7 @@ class LeadingDense:
 
     def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
         """A flag a layer."""
-        first = config.get(self.key) or 0
+        first = config.get(self.key, self.default) or 0
         return {"moe_layers": tuple(i >= first for i in range(done["num_hidden_layers"]))}
 
     def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
@@ -420,8 +380,9 @@ class AllLayers:
 
 @dataclass(frozen=True)
 class SharedExperts:
-    """The width of all shared experts together: their number times a routed expert's width (DeepSeek)."""
+    """The width of all shared experts together: their number, `default` if absent, times a routed expert's (DeepSeek)."""
 
+    default: int = 0
     key: str = "n_shared_experts"
     attributes = ("shared_expert_intermediate_size",)
 
@@ -432,7 +393,9 @@ class SharedExperts:
 
     def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
         """The width, 0 where there are none."""
-        return {"shared_expert_intermediate_size": (config.get(self.key) or 0) * done["moe_intermediate_size"]}
+        return {
+            "shared_expert_intermediate_size": (config.get(self.key, self.default) or 0) * done["moe_intermediate_size"]
+        }
 
     def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
         """Their number.
@@ -449,8 +412,36 @@ class SharedExperts:
         return {self.key: number or None}
 
 
+@dataclass(frozen=True)
+class NormalisedScores:
+    """Whether chosen experts' scores are divided by their sum: in published DeepSeek code never where one is chosen."""
+
+    key: str = "norm_topk_prob"
+    attributes = ("norm_topk_prob",)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The config key it understands."""
+        return (self.key,)
+
+    def read(self, config: Mapping[str, Any], done: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether they are."""
+        return {"norm_topk_prob": bool(config.get(self.key)) and done["num_experts_per_tok"] > 1}
+
+    def write(self, config: CanonicalConfig, target: str) -> dict[str, Any]:
+        """The key.
+
+        Raises:
+            Refused: one expert is chosen, and weighed by 1.
+        """
+        if config.norm_topk_prob and config.num_experts_per_tok == 1:
+            raise Refused(f"{target} weighs an expert chosen alone by its score; the checkpoint weighs it by 1")
+        return {self.key: config.norm_topk_prob}
+
+
 AnyField = (
     LeadingDense
+    | NormalisedScores
     | SparseStep
     | AllLayers
     | SharedExperts
@@ -459,8 +450,6 @@ AnyField = (
     | HeadDim
     | SquareRoot
     | SoftmaxScale
-    | ByArchitecture
-    | WithoutKey
     | Window
     | Rope
     | RopeParameters

@@ -84,7 +84,12 @@ def _neutral(key: str, config: Mapping[str, Any], neutral: tuple[Any, ...]) -> b
         return True
     if key == "layer_types" and isinstance(value, list):
         return all(kind == "full_attention" for kind in value)
-    return any(value == n and isinstance(value, bool) == isinstance(n, bool) for n in neutral)
+    return any(same(value, n) for n in neutral)
+
+
+def same(value: Any, other: Any) -> bool:
+    """Whether two values of config keys are equal; a boolean is never a number."""
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
 def carried(config: Mapping[str, Any], read: set[str]) -> dict[str, Any]:

@@ -17,18 +17,19 @@ from llmconvert.spec.fields import (
     LLAMA_FIELDS,
     AllLayers,
     AnyField,
-    ByArchitecture,
     Field,
     Fixed,
     HeadDim,
     LeadingDense,
+    NormalisedScores,
     SharedExperts,
     SoftmaxScale,
     SparseStep,
     SquareRoot,
     Window,
-    WithoutKey,
+    key_value_heads,
 )
+from llmconvert.spec.keys import same
 from llmconvert.spec.rope import Rope
 
 _ORDER = [attribute.name for attribute in dataclasses.fields(CanonicalConfig)]
@@ -44,16 +45,22 @@ class Row:
         modules: the canonical modules in it, in order.
         pack: `concat` (one after the other along the output axis) or `grouped` (per key/value head: its query
             heads, its key, its value).
+        otherwise: a boolean config key, and the pack where it is false or absent.
     """
 
     stored: str
     modules: tuple[str, ...]
     pack: str = "concat"
+    otherwise: tuple[str, str] | None = None
+
+    def pack_in(self, config: Mapping[str, Any]) -> str:
+        """The pack in a checkpoint of this config.json."""
+        return self.otherwise[1] if self.otherwise and not config.get(self.otherwise[0]) else self.pack
 
 
-def row(stored: str, *modules: str, pack: str = "concat") -> Row:
+def row(stored: str, *modules: str, pack: str = "concat", otherwise: tuple[str, str] | None = None) -> Row:
     """Short for `Row`, with the modules as arguments."""
-    return Row(stored, modules, pack)
+    return Row(stored, modules, pack, otherwise)
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,48 @@ class Drop:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence for the report where a config key is set (or, with `value`, has that value)."""
+    """A sentence for the report where a config key has a value that means something.
+
+    Attributes:
+        key: the config key.
+        text: the sentence.
+        neutral: values that need no remark; a boolean is never a number.
+        default: the value where the key is absent.
+        written: whether it is said of checkpoints written too, and not only of those read.
+    """
 
     key: str
     text: str
+    neutral: tuple[Any, ...] = (None, False)
+    default: Any = None
+    written: bool = False
+
+    def concerns(self, config: Mapping[str, Any]) -> bool:
+        """Whether it is to be said of a checkpoint of this config.json."""
+        value = config.get(self.key, self.default)
+        return not any(same(value, neutral) for neutral in self.neutral)
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What tells a spec's checkpoints from those of another with the same class name; all that is given must hold.
+
+    Attributes:
+        present, absent: config keys that are set, and that are not (null is not set).
+        values: config keys and their values.
+        unlike: groups of keys and values, none of which holds whole.
+        stored: names of tensors that are there.
+        code, no_code: texts that are, and are not, in the modelling file beside the weights. Where that is there it
+            has the last word.
+    """
+
+    present: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+    unlike: tuple[Mapping[str, Any], ...] = ()
+    stored: tuple[str, ...] = ()
+    code: str = ""
+    no_code: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,6 +163,9 @@ class Spec:
         source, target: whether it is read, and written.
         not_target: why it is not written.
         default_target: whether `llama-to-FAMILY` means this one.
+        signs: for each question that tells it from specs of the same class name, signs of which one must hold.
+        published_code: its checkpoints come with modelling code of their own, beside the class transformers has.
+        told: config keys that answer those questions: written, and believed before any sign.
         aka: other specs whose checkpoints the family's commands accept (Yi's new form is Llama).
     """
 
@@ -141,6 +189,9 @@ class Spec:
     target: bool = True
     not_target: str = ""
     default_target: bool = True
+    signs: tuple[tuple[Sign, ...], ...] = ()
+    told: Mapping[str, Any] = field(default_factory=dict)
+    published_code: bool = False
     aka: tuple[str, ...] = ()
 
     @property
@@ -154,22 +205,23 @@ class Spec:
 __all__ = [
     "AllLayers",
     "AnyField",
-    "ByArchitecture",
     "Drop",
     "Field",
     "Fixed",
     "HeadDim",
     "LeadingDense",
+    "NormalisedScores",
     "Note",
     "Refusal",
     "Rope",
     "Row",
     "SharedExperts",
+    "Sign",
     "SoftmaxScale",
     "SparseStep",
     "Spec",
     "SquareRoot",
     "Window",
-    "WithoutKey",
+    "key_value_heads",
     "row",
 ]

@@ -6,7 +6,7 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 from llmconvert.errors import BadInput, Refused
 from llmconvert.spec.language import Refusal, Spec
+from llmconvert.spec.telling import tell
 from llmconvert.spec.validate import validate, validate_all
 
 ENTRY_POINTS = "llmconvert.specs"
@@ -60,11 +61,16 @@ class Registry:
         """Names of the targets that can hold a trait."""
         return [spec.name for spec in self.specs.values() if spec.target and trait in spec.holds | spec.always]
 
-    def detect(self, config: Mapping[str, Any]) -> Spec:
+    def detect(self, config: Mapping[str, Any], names: Iterable[str] = (), directory: Path | None = None) -> Spec:
         """The spec a config.json belongs to, by `model_type` and `architectures`.
 
+        Args:
+            config: the JSON object.
+            names: of the checkpoint's tensors, and
+            directory: of the checkpoint, for specs that share a class name.
+
         Raises:
-            Refused: the architecture is unknown, or known and refused.
+            Refused: the architecture is unknown, known and refused, or one of several that cannot be told apart.
             BadInput: the config claims nothing.
         """
         model_type, architectures = config.get("model_type"), set(config.get("architectures") or ())
@@ -77,7 +83,7 @@ class Registry:
         both = [s for s in by_architecture if s in by_type]
         for candidates in (both, by_architecture, by_type):
             if candidates:
-                return candidates[0]
+                return candidates[0] if len(candidates) == 1 else tell(candidates, config, names, directory)
         if not model_type and not architectures:
             raise BadInput("config.json has neither `model_type` nor `architectures`", where="config.json")
         label = str(model_type or ", ".join(sorted(architectures)))

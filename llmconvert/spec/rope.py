@@ -33,6 +33,9 @@ class Rope:
         partial: rotated share of each head where the config has no `partial_rotary_factor`.
         partial_key: the key of that share; None where the code fixes it.
         scaling: the rescaling types the architecture's code knows; () for none.
+        two_keys: the dictionary of a rescaling has exactly the keys type and factor, as config classes insist that
+            were published before there were others.
+        original: the original context length where no key states it; None for the model's own.
         bare_longrope: longrope has exactly the keys type, short_factor and long_factor, as Phi3Config of
             transformers 4 insists; the rest is derived from the two context lengths.
     """
@@ -44,6 +47,8 @@ class Rope:
     partial: float = 1.0
     partial_key: str | None = None
     scaling: tuple[str, ...] = SCALING_TYPES
+    two_keys: bool = False
+    original: int | None = None
     bare_longrope: bool = False
 
     attributes = ("rope_theta", "rotary_dim", "rope_scaling", "rotary_padded")
@@ -90,7 +95,14 @@ class Rope:
             return {"rope_theta": theta, "rotary_dim": rotary_dim, "rope_scaling": None, "rotary_padded": False}
         if kind not in self.scaling:
             raise Refused(f"the rotary rescaling `{kind}` is not known for this architecture", where="config.json")
+        if kind not in ("default", "longrope", "llama3") and not _positive(scaling.get("factor")):
+            raise BadInput(
+                f"`rope_scaling` is `{kind}` and its `factor` is {scaling.get('factor')!r}, not a positive number",
+                where="config.json",
+            )
         original = config.get("original_max_position_embeddings")
+        if original is None and kind == "longrope":
+            original = scaling.get("original_max_position_embeddings", self.original)
         if original is not None and kind in ("longrope", "yarn", "llama3"):
             scaling["original_max_position_embeddings"] = original
         scaling["rope_type"] = kind
@@ -141,6 +153,8 @@ class Rope:
             raise Refused(f"{target} rotates {self.partial:g} of each head; the checkpoint {share:g}")
         if self.scaling:
             written["rope_scaling"] = scaling and {**scaling, "type": scaling["rope_type"]}
+            if scaling and self.two_keys:
+                written["rope_scaling"] = _two_keys(scaling, target)
             if scaling and self.bare_longrope:
                 written["rope_scaling"] = _bare(scaling, config.max_position_embeddings, target)
             original = scaling and scaling.get("original_max_position_embeddings")
@@ -187,6 +201,18 @@ def _complete_longrope(scaling: dict[str, Any], max_position_embeddings: int) ->
     scaling["factor"] = factor
     if scaling.get("attention_factor") is None:
         scaling["attention_factor"] = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _two_keys(scaling: Mapping[str, Any], target: str) -> dict[str, Any]:
+    """Type and factor, where nothing else is set."""
+    further = sorted(key for key in scaling if key not in ("rope_type", "type", "factor") and scaling[key] is not None)
+    if further:
+        raise Refused(f"{target} has no form of {', '.join(f'`{key}`' for key in further)} in `rope_scaling`")
+    return {"type": scaling["rope_type"], "factor": float(scaling["factor"])}
 
 
 def _bare(scaling: Mapping[str, Any], max_position_embeddings: int, target: str) -> dict[str, Any]:

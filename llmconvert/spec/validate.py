@@ -66,9 +66,10 @@ def _validate_rows(spec: Spec, fault: object) -> None:
                     raise fault(
                         f"row `{row.stored}` and module `{module}` must both be per {what} (`{each}`) or neither"
                     )
-        if row.pack not in _PACKS:
-            raise fault(f"row `{row.stored}` has the unknown pack {row.pack!r} (known: {', '.join(_PACKS)})")
-        if row.pack == "grouped" and row.modules != (Q, K, V):
+        packs = {row.pack, *(row.otherwise[1:] if row.otherwise else ())}
+        for pack in sorted(packs - set(_PACKS)):
+            raise fault(f"row `{row.stored}` has the unknown pack {pack!r} (known: {', '.join(_PACKS)})")
+        if "grouped" in packs and row.modules != (Q, K, V):
             raise fault(f"row `{row.stored}` is grouped, which is defined for (Q, K, V) only")
         if "{p}" not in row.stored and not row.stored.endswith((".weight", "weight")):
             raise fault(f"row `{row.stored}` ends in neither `{{p}}` nor `weight`")

@@ -110,6 +110,13 @@ def to_torch(block: Block, dtype: str) -> torch.Tensor:
     return torch.from_numpy(block.view(signed)).view(getattr(torch, TO_NAME[dtype]))
 
 
+def as_floats(block: Block, dtype: str) -> npt.NDArray[np.float64]:
+    """The numbers a carrier block of a float type stands for, without torch."""
+    if dtype == "BF16":
+        return (block.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return block.view({"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(np.float64)
+
+
 def _from_torch(tensor: torch.Tensor, dtype: str) -> Block:
     import torch
 

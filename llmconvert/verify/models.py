@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,8 +118,23 @@ def weight_files(directory: Path) -> list[Path]:
     raise BadInput("the directory holds no weights", where=str(directory))
 
 
+_STATED: dict[Path, dict[str, Any]] = {}
+
+
+@contextmanager
+def stating(keys: Mapping[Path, Mapping[str, Any]]) -> Iterator[None]:
+    """For a while, let directories' config.json say what they leave open, and somebody else knows: keys by directory."""
+    before = dict(_STATED)
+    _STATED.update({directory.resolve(): dict(told) for directory, told in keys.items() if told})
+    try:
+        yield
+    finally:
+        _STATED.clear()
+        _STATED.update(before)
+
+
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json.
+    """config.json, with what `stating` adds to it.
 
     Raises:
         BadInput: there is none, or it is not a JSON object.
@@ -128,7 +145,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise BadInput(f"config.json cannot be read: {error}", where=str(directory)) from None
     if not isinstance(config, dict):
         raise BadInput("config.json is not an object", where=str(directory))
-    return config
+    return config | _STATED.get(directory.resolve(), {})
 
 
 def config_of(directory: Path) -> dict[str, Any]:
@@ -210,19 +227,21 @@ def empty_model(directory: Path, dtype: torch.dtype, attention: str = "eager") -
 
     config = read_config(directory)
     reference = find_reference(config)
-    with init_empty_weights(include_buffers=False):
-        if reference is not None:
-            try:
-                made: nn.Module = reference(config)
-                return made.to(dtype).eval()
-            except KeyError as error:
-                raise BadInput(f"config.json says nothing of {error}", where=str(directory)) from None
-            except LlmconvertError as error:
-                error.where = str(directory)
-                raise
-        import transformers
+    if reference is not None:
+        try:
+            with init_empty_weights(include_buffers=False):
+                made = reference(config).to(dtype)
+        except KeyError as error:
+            raise BadInput(f"config.json says nothing of {error}", where=str(directory)) from None
+        except LlmconvertError as error:
+            error.where = str(directory)
+            raise
+        made.tie_weights()
+        return made.eval()
+    import transformers
 
-        _register(config)
+    _register(config)
+    with init_empty_weights(include_buffers=False):
         try:
             known = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
             if hasattr(known, "quantization_config"):
@@ -268,6 +287,7 @@ def load_model(directory: Path, dtype: torch.dtype, device: str, attention: str 
         check_fit(model, weights, directory, strict=True)
         state = {name: weights.read(name).to(dtype) for name in model.state_dict() if name in weights.shapes}
         model.load_state_dict(state, strict=False, assign=True)
+        model.tie_weights()  # type: ignore[operator]
         return model.to(device)
     return _load("AutoModelForCausalLM", directory, dtype, device, attention)
 

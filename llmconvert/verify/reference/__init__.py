@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from llmconvert.verify.reference.llamalike import Decoder
 
 
-def find_reference(config: Mapping[str, Any]) -> type[nn.Module] | None:
+def find_reference(config: Mapping[str, Any]) -> type[Decoder] | None:
     """The reference class for a config.json, or None where transformers has one of its own."""
     from llmconvert.verify.reference import baichuan, chatglm, deepseek, internlm2, qwen, yi
 

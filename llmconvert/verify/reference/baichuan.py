@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmconvert.errors import Refused
 from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, require, rotate_halves, split_heads
 from llmconvert.verify.reference.gated import GatedMLP
-from llmconvert.verify.reference.llamalike import Block, decode
+from llmconvert.verify.reference.llamalike import Block, Decoder, decode
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -46,22 +47,48 @@ class NormHead(nn.Linear):
         return functional.linear(hidden, functional.normalize(self.weight))
 
 
-class BaichuanForCausalLM(nn.Module):
-    """Baichuan in all four forms.
+def form(config: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a model has ALiBi, and whether its head is normalised.
 
-    The head is normalised (NormHead) for version 2: the vocabulary of 125,696, or the class name `BaichuanForCausalLM`
-    on a rotary model (version 1 of the 7B spells it `BaiChuanForCausalLM`).
+    The 7B of version 1 alone has the class name `BaiChuanForCausalLM`. The others are told by what a converter states
+    (`position_embedding`, `norm_head`), by the published numbers of heads, layers and tokens, or by keys that one config
+    class has and the other has not: `max_position_embeddings` (7B), `gradient_checkpointing` (13B), `z_loss_weight`
+    (version 2).
+
+    Raises:
+        Refused: config.json does not tell.
     """
+    position, norm_head = config.get("position_embedding"), config.get("norm_head")
+    if position in ("ROPE", "ALIBI") and isinstance(norm_head, bool):
+        return position == "ALIBI", norm_head
+    if "BaiChuanForCausalLM" in (config.get("architectures") or ()):
+        return False, False
+    size = config["num_attention_heads"], config["num_hidden_layers"]
+    keys = {key for key in ("max_position_embeddings", "gradient_checkpointing") if config.get(key) is not None}
+    seven, thirteen = size == (32, 32), size == (40, 40)
+    if not seven and not thirteen:
+        seven, thirteen = keys == {"max_position_embeddings"}, keys == {"gradient_checkpointing"}
+    second = config["vocab_size"] == 125696 or config.get("z_loss_weight") is not None
+    if seven:
+        return False, True
+    if thirteen and (second or config["vocab_size"] == 64000):
+        return True, second
+    raise Refused(
+        "config.json does not tell which of the models called `BaichuanForCausalLM` this is",
+        where="config.json",
+        hint='state `"position_embedding": "ROPE"` or `"ALIBI"`, and `"norm_head": true` or `false`, in a copy of config.json',
+    )
 
-    def __init__(self, config: Mapping[str, Any], norm_head: bool | None = None) -> None:
-        """Build from config.json; `norm_head` overrides what it says."""
+
+class BaichuanForCausalLM(Decoder):
+    """Baichuan in all four forms; see `form`."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        """Build from config.json."""
         super().__init__()
-        hidden, heads, eps = config["hidden_size"], config["num_attention_heads"], config["rms_norm_eps"]
+        hidden, heads, eps = config["hidden_size"], config["num_attention_heads"], config.get("rms_norm_eps", 1e-6)
         require(config, hidden_act="silu")
-        alibi = config.get("max_position_embeddings") is None
-        if norm_head is None:
-            second = not alibi and "BaichuanForCausalLM" in (config.get("architectures") or ())
-            norm_head = second or config["vocab_size"] == 125696
+        alibi, norm_head = form(config)
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config["vocab_size"], hidden)
         self.model.layers = nn.ModuleList(
@@ -73,6 +100,7 @@ class BaichuanForCausalLM(nn.Module):
         )  # fmt: skip
         self.model.norm = RMSNorm(hidden, eps)
         self.lm_head = (NormHead if norm_head else nn.Linear)(hidden, config["vocab_size"], bias=False)
+        self._tie(config, "lm_head", "model.embed_tokens")
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None

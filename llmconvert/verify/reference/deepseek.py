@@ -10,17 +10,21 @@ from torch import Tensor, nn
 
 from llmconvert.verify.reference.common import RMSNorm, positions, require
 from llmconvert.verify.reference.gated import GatedMLP
-from llmconvert.verify.reference.llamalike import Block, decode
-from llmconvert.verify.reference.yi import Attention
+from llmconvert.verify.reference.llamalike import Block, Decoder, decode
+from llmconvert.verify.reference.yi import Attention, Rotary
 
 
 class _Router(nn.Module):
-    """Scores of all experts, by a softmax in at least float32; the best are kept, as they are unless told otherwise."""
+    """Scores of all experts, by a softmax in at least float32; the best are kept, as they are unless told otherwise.
+
+    Divided by their sum where `norm_topk_prob` says so, but never where one alone is chosen (`MoEGate.forward`).
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config["n_routed_experts"], config["hidden_size"]))
-        self.chosen, self.normalised = config["num_experts_per_tok"], bool(config.get("norm_topk_prob"))
+        self.chosen = config["num_experts_per_tok"]
+        self.normalised = bool(config.get("norm_topk_prob")) and self.chosen > 1
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """For [tokens, hidden] the chosen experts' weights and numbers, [tokens, chosen]."""
@@ -67,22 +71,25 @@ class _MixtureOfExperts(nn.Module):
         return result.view_as(x)
 
 
-class DeepseekForCausalLM(nn.Module):
+class DeepseekForCausalLM(Decoder):
     """Llama whose layers, but for the first, are mixtures of experts."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         """Build from config.json."""
         super().__init__()
-        hidden, heads, eps = config["hidden_size"], config["num_attention_heads"], config["rms_norm_eps"]
-        require(config, hidden_act="silu", rope_scaling=None, attention_bias=False, scoring_func="softmax",
-                moe_layer_freq=1, tie_word_embeddings=False)  # fmt: skip
-        kv_heads, theta = config.get("num_key_value_heads") or heads, config.get("rope_theta", 10000.0)
+        hidden, heads, eps = config["hidden_size"], config["num_attention_heads"], config.get("rms_norm_eps", 1e-6)
+        require(config, hidden_act="silu", scoring_func="softmax", moe_layer_freq=1)
+        scaling = config.get("rope_scaling") or {}
+        if scaling.get("type") != "linear":
+            require(config, rope_scaling=None)
+        rotary = Rotary(float(config.get("rope_theta", 10000)), float(scaling.get("factor", 1)))
+        kv_heads, bias = config.get("num_key_value_heads", 32) or heads, bool(config.get("attention_bias"))
         dense = config.get("first_k_dense_replace") or 0
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config["vocab_size"], hidden)
         self.model.layers = nn.ModuleList(
             Block(
-                {"input_layernorm": RMSNorm(hidden, eps), "self_attn": Attention(hidden, heads, kv_heads, theta),
+                {"input_layernorm": RMSNorm(hidden, eps), "self_attn": Attention(hidden, heads, kv_heads, rotary, bias),
                  "post_attention_layernorm": RMSNorm(hidden, eps),
                  "mlp": GatedMLP(hidden, config["intermediate_size"]) if i < dense else _MixtureOfExperts(config)}
             )
@@ -90,6 +97,7 @@ class DeepseekForCausalLM(nn.Module):
         )  # fmt: skip
         self.model.norm = RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, config["vocab_size"], bias=False)
+        self._tie(config, "lm_head", "model.embed_tokens")
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -13,6 +16,27 @@ class Block(nn.ModuleDict):
         norm1, attention, norm2, mlp = self.values()
         hidden = hidden + attention(norm1(hidden), position_ids, attention_mask)
         return hidden + mlp(norm2(hidden))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Base of the reference models: a head that may be tied to the embedding.
+
+    Attributes:
+        tied: names of the head and of the embedding where config.json ties them; None where they are two.
+    """
+
+    tied: tuple[str, str] | None = None
+
+    def _tie(self, config: Mapping[str, Any], head: str, embedding: str) -> None:
+        """Tie the two where `tie_word_embeddings` says so; a key that is absent does not."""
+        if config.get("tie_word_embeddings"):
+            self.tied = head, embedding
+            self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let head and embedding share their weight again, once one of them has been replaced."""
+        if self.tied is not None:
+            self.get_submodule(self.tied[0]).weight = self.get_submodule(self.tied[1]).weight
 
 
 def decode(hidden: Tensor, position_ids: Tensor, attention_mask: Tensor | None, layers: nn.ModuleList) -> Tensor:

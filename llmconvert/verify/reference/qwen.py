@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmconvert.verify.reference.common import RMSNorm, angles, attend, positions, require, rotate_halves, split_heads
-from llmconvert.verify.reference.llamalike import Block, decode
+from llmconvert.verify.reference.llamalike import Block, Decoder, decode
 
 
 class _Attention(nn.Module):
@@ -34,7 +34,7 @@ class _MLP(nn.Module):
         return self.c_proj(self.w1(x) * functional.silu(self.w2(x)))  # type: ignore[no-any-return]
 
 
-class QWenLMHeadModel(nn.Module):
+class QWenLMHeadModel(Decoder):
     """Qwen v1 within its training length.
 
     Raises:
@@ -54,7 +54,9 @@ class QWenLMHeadModel(nn.Module):
         intermediate = get("intermediate_size", "ffn_hidden_size") // 2
         vocab = get("vocab_size", "padded_vocab_size")
         self.limit = (
-            get("seq_length", "n_positions") if config.get("use_dynamic_ntk") or config.get("use_logn_attn") else None
+            get("seq_length", "n_positions")
+            if config.get("use_dynamic_ntk", True) or config.get("use_logn_attn", True)
+            else None
         )
         self.transformer = nn.Module()
         self.transformer.wte = nn.Embedding(vocab, hidden)
@@ -67,6 +69,7 @@ class QWenLMHeadModel(nn.Module):
         )  # fmt: skip
         self.transformer.ln_f = RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, vocab, bias=False)
+        self._tie(config, "lm_head", "transformer.wte")
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None

@@ -1,0 +1,26 @@
+"""Baichuan2 7B: Baichuan 7B whose head (NormHead) is normalised at inference.
+
+Source: modeling_baichuan.py and configuration_baichuan.py published with baichuan-inc/Baichuan2-7B-Base.
+"""
+
+from dataclasses import replace
+
+from llmconvert.spec.language import Fixed
+from llmconvert.specs.baichuan import ROTARY
+from llmconvert.specs.baichuan import SPEC as BAICHUAN
+
+SPEC = replace(
+    BAICHUAN,
+    name="baichuan2",
+    title="Baichuan2 7B",
+    architectures=("BaichuanForCausalLM",),
+    config=(
+        *(field for field in BAICHUAN.config if "norm_head" not in field.attributes),
+        Fixed("norm_head", True),
+        Fixed("qkv_bias o_bias mlp_bias alibi", False),
+    ),
+    always=frozenset({"norm_head"}),
+    signs=(ROTARY,),
+    told={"position_embedding": "ROPE", "norm_head": True},
+    default_target=False,
+)
