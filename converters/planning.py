@@ -170,7 +170,7 @@ def plan_conversion(
         raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
     texts |= index_texts(outputs, files) | code_texts(target)
-    extra: Companions = companions(checkpoint)
+    extra: Companions = companions(checkpoint).beside(texts)
     own_file = known.files[spec.name]
     summary = {
         "source": {
