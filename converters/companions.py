@@ -12,6 +12,7 @@ from typing import Any
 
 from llmconvert.checkpoint.directory import Checkpoint, read_json, stays_inside
 from llmconvert.engine.manifest import MANIFEST, REPORT
+from llmconvert.errors import InputOutput
 
 _WEIGHTS = (
     ".safetensors",
@@ -91,8 +92,21 @@ def companions(checkpoint: Checkpoint, *, within: Path | None = None) -> Compani
     Args:
         checkpoint: the directory, opened.
         within: what links must not leave; the directory itself if None.
+
+    Raises:
+        BadInput: a tokenizer's settings cannot be understood.
+        InputOutput: the system refuses.
     """
-    directory, root = checkpoint.path, within or checkpoint.path
+    try:
+        return _companions(checkpoint, within or checkpoint.path)
+    except OSError as error:
+        raise InputOutput(
+            f"cannot read the checkpoint's files: {error.strerror}", where=str(error.filename or checkpoint.path)
+        ) from None
+
+
+def _companions(checkpoint: Checkpoint, root: Path) -> Companions:
+    directory = checkpoint.path
     needed = _tokenizer_modules(directory, checkpoint.config)
     copies: dict[str, Path] = {}
     left: dict[str, str] = {}

@@ -97,9 +97,8 @@ def run(
             return "", None
         space = Workspace(destination, plan.run_identity(), resume=resume, restart=overwrite)
         spaces.append(space)
-        if space.finished or space.occupied:
-            done = _finished(plan, destination, report, proving, workers, progress, known=space.finished)
-            return "", _with_rest(done, space)
+        if space.occupied:
+            return "", _with_rest(_finished(plan, destination, report, proving, workers, progress), space)
         with _discarding(space, _ANY if not space.done else ()):
             _check_space(plan, space)
             small.update(Executor(plan, space, workers, lambda count: None).prepare())
@@ -184,7 +183,7 @@ def _with_rest(report: Report, space: Workspace) -> Report:
 
 
 def _finished(
-    plan: Plan, destination: Path, report: Report, proving: Proving, workers: int, progress: Progress, *, known: bool
+    plan: Plan, destination: Path, report: Report, proving: Proving, workers: int, progress: Progress
 ) -> Report:
     """The report of the run that had done all this, if it did, and proved what is asked for.
 
@@ -192,7 +191,7 @@ def _finished(
         Usage: the destination is something else, or was proved less.
     """
     amount = sum(output.expression.nbytes for output in plan.tensors)
-    fault = None if known else difference(destination, plan, workers, _stage(progress, "compare", amount))
+    fault = difference(destination, plan, workers, _stage(progress, "compare", amount))
     if fault is not None:
         raise Usage(
             f"the destination exists, and is not what this command makes: {fault}", where=str(destination),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from llmconvert.converters.megatron.grid import Grid
 from llmconvert.converters.megatron.merge import merge_checkpoint
 from llmconvert.converters.megatron.reshard import reshard_checkpoint
 from llmconvert.converters.megatron.split import split_checkpoint
+from llmconvert.converters.roundtrip import round_trip
 from llmconvert.converters.running import Report
 from llmconvert.engine import journal, rename
 from llmconvert.engine.held import lock_file
@@ -505,9 +507,9 @@ def test_the_whole_output_replaced_by_a_link(
     output = work_directory(tmp_path / "dst") / "output"
     output.rename(tmp_path / "aside")
     output.symlink_to(victim)
-    with pytest.raises(InputOutput):
+    with pytest.raises(Usage, match="not its own") as caught:
         _convert(sources / "a", tmp_path / "dst", resume=True)
-    assert _snapshot(victim).keys() == {"precious"}
+    assert f"rm {output}" in (caught.value.hint or "") and _snapshot(victim).keys() == {"precious"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
@@ -837,6 +839,26 @@ def test_bad_data_found_while_writing_leave_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
 
 
+def test_a_round_trip_names_what_killed_ones_left(sources: Path, tmp_path: Path) -> None:
+    for name in ("left", "held", "new", "other"):
+        (tmp_path / f"llmconvert-{'roundtrip-' if name != 'other' else ''}{name}").mkdir()
+    (tmp_path / "llmconvert-roundtrip-link").symlink_to("llmconvert-other")
+    for path in tmp_path.iterdir():
+        if "new" not in path.name:
+            os.utime(path, (0, 0))
+    held = os.open(tmp_path / "llmconvert-roundtrip-held", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    before = sorted(tmp_path.iterdir())
+    try:
+        found = round_trip(sources / "a", work_dir=tmp_path, workers=1, verify="weights")
+    finally:
+        os.close(held)
+    assert found.verdict and sorted(tmp_path.iterdir()) == before
+    assert len(found.stale) == 1 and f"`rm -r {tmp_path / 'llmconvert-roundtrip-left'}`" in found.stale[0]
+    with pytest.raises(InputOutput):
+        round_trip(sources / "a", work_dir=tmp_path / "nowhere", workers=1, verify="weights")
+
+
 # -- a disk that fails ---------------------------------------------------------------------------
 
 
@@ -940,7 +962,15 @@ def test_check_sees_every_file(sources: Path, tmp_path: Path, kind: str) -> None
             act(tmp_path / "copy" / name)
             with pytest.raises(BadInput):
                 check(tmp_path / "copy")
-    for name in ("modeling_llama.py", "adapter_config.json", "hf/config.json"):
+    (made / "README.md").write_text("What it is.")
+    (made / ".gitattributes").write_text("*.safetensors filter=lfs")
+    assert check(made) == found
+    shutil.copy(made / "llmconvert-report.json", tmp_path / "outside")
+    (made / "llmconvert-report.json").unlink()
+    (made / "llmconvert-report.json").symlink_to(tmp_path / "outside")
+    with pytest.raises(BadInput, match="symlink"):
+        check(made)
+    for name in ("modeling_llama.py", "adapter_config.json", "hf/config.json", ".hidden.py"):
         if not (made / name).exists():
             shutil.rmtree(tmp_path / "copy", ignore_errors=True)
             shutil.copytree(made, tmp_path / "copy")

@@ -81,7 +81,7 @@ class Held:
                 )
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.EINVAL, errno.EISDIR, errno.ENXIO):
-                    raise _planted("the lock is a link or no file", path, "rm") from None
+                    raise planted("the lock is a link or no file", path, "rm") from None
                 raise
             try:
                 self._require_own(os.fstat(descriptor), path, "rm")
@@ -104,7 +104,7 @@ class Held:
     def _require_own(self, found: os.stat_result, path: Path, command: str) -> None:
         """Refuse what another user planted. Some servers give all files to one user: what we make shows to whom."""
         if found.st_uid != os.geteuid() and found.st_uid != self._owner_of_new_files():
-            raise _planted(f"it belongs to another user (number {found.st_uid})", path, command)
+            raise planted(f"it belongs to another user (number {found.st_uid})", path, command)
 
     def _owner_of_new_files(self) -> int:
         name = f".{os.urandom(12).hex()}.llmconvert-lock"
@@ -125,7 +125,7 @@ class Held:
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                 raise
-            raise _planted("the work directory is a link or no directory", self.path, "rm") from None
+            raise planted("the work directory is a link or no directory", self.path, "rm") from None
         try:
             self._require_own(os.fstat(tree.descriptor), self.path, "rm -r")
             self._require_closed(tree)
@@ -145,7 +145,7 @@ class Held:
                 os.fchmod(tree.descriptor, 0o700)
             if mode & 0o022 and not stat.S_IMODE(os.fstat(tree.descriptor).st_mode) & 0o022:
                 os.fchmod(tree.descriptor, mode)
-                raise _planted("other users can write in the work directory", self.path, "rm -r")
+                raise planted("other users can write in the work directory", self.path, "rm -r")
 
     def make(self) -> Tree:
         """The directory, made if it is not there.
@@ -264,7 +264,8 @@ def _flock(descriptor: int, output: Path, *, optional: bool = False) -> None:
         raise
 
 
-def _planted(what: str, path: Path, command: str) -> Usage:
+def planted(what: str, path: Path, command: str) -> Usage:
+    """The refusal of something that has a name of llmconvert's own, and the command that removes it."""
     return Usage(
         f"what has the name of llmconvert's own file is not its own: {what}", where=str(path),
         hint=f"look at it, then `{command} {path}`, or name another destination",

@@ -6,6 +6,7 @@
     run.json            what makes two runs the same run, whether it is to replace NAME, and which directory `output` is
     journal-T-R.jsonl   of process R of the run with token T: a line per finished region with its checksum
     replaced/           what NAME was, for a moment, where the filesystem cannot exchange two directories
+    discarded/          what NAME was, looked at and to be removed
 
 Nothing of a checkpoint's own is ever taken for one of these. A line of a journal that cannot be read is a region not
 done, and a region is done only if the bytes written still have the checksum of its line.
@@ -13,6 +14,7 @@ done, and a region is done only if the bytes written still have the checksum of 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -24,14 +26,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llmconvert.engine.held import Held
+from llmconvert.engine.held import Held, planted
 from llmconvert.engine.rename import move
 from llmconvert.engine.replaceable import foreign_file
 from llmconvert.engine.tree import Identity, Tree, identity_of, write_all, writing
 from llmconvert.errors import InputOutput, LlmconvertError, Usage
 
 SUFFIX = "llmconvert-partial"
-OUTPUT, REPLACED = "output", "replaced"
+OUTPUT, REPLACED, DISCARDED = "output", "replaced", "discarded"
 _RUN, _DRAFT = "run.json", "run.json.new"
 _JOURNAL = re.compile(r"journal-[0-9a-f]+-\d+\.jsonl")
 
@@ -63,28 +65,36 @@ def tidy(destination: Path) -> None:
         held.close()
 
 
-def _settle(held: Held) -> tuple[dict[str, Any] | None, bool]:
-    """As `tidy`; what is recorded of a run, None where there is none, and whether that run has published."""
+def _settle(held: Held) -> dict[str, Any] | None:
+    """As `tidy`; what is recorded of an unfinished run, or None where there is none."""
     tree, name = held.tree, held.output.name
     if tree is None:
-        return None, False
+        return None
     with writing(held.path):
         record, there = _recorded(tree), held.parent.stat(name)
         if there is None and tree.stat(REPLACED) is not None:
             move(tree, REPLACED, held.parent, name)
             there = held.parent.stat(name)
         if record is None:
-            return None, False
+            if REPLACED not in tree.names() and not _unknown(tree):
+                held.remove()  # a run that was killed before it had recorded itself, or while it cleared up
+            return None
         # The name leads to what was `output`: published. What has its place now is what NAME was.
         swapped = there is not None and identity_of(there) == (tree.identity[0], record["output"])
         if not swapped and tree.stat(OUTPUT) is not None:
-            return record, False
+            return record
         for left in (OUTPUT, REPLACED):
             if tree.stat(left) is not None:
                 with tree.folder(left) as former:
                     _require_known(former)
         held.remove()
-    return record, swapped
+    return None
+
+
+def _unknown(tree: Tree) -> list[str]:
+    """What no run of this version makes in a work directory."""
+    known = (OUTPUT, REPLACED, DISCARDED, _RUN, _DRAFT)
+    return [name for name in tree.names() if name not in known and not _JOURNAL.fullmatch(name)]
 
 
 def _require_known(former: Tree) -> None:
@@ -117,7 +127,6 @@ class Workspace:
         identity: what makes two runs the same run.
         token: tells this run's directory from all others; the other processes ask for it.
         done: checksums of the regions finished by earlier runs, by region key.
-        finished: the destination is the result of this very run: a kill struck when it had been published.
         occupied: something is at the destination that this run may not replace, but perhaps is its result already.
         replaces: what is at the destination may be replaced.
         before: what was at the destination when the run began: None, or its identity and whether it was empty.
@@ -146,8 +155,7 @@ class Workspace:
         self.destination, self.work = destination, work_directory(destination)
         self.path, self.identity = self.work / OUTPUT, identity
         self.done: dict[str, str] = {}
-        self.token, self.replaces = token, restart
-        self.finished = self.occupied = False
+        self.token, self.replaces, self.occupied = token, restart, False
         self.before: tuple[Identity, bool] | None = None
         self.names: frozenset[str] = frozenset()
         self.published = False
@@ -163,7 +171,7 @@ class Workspace:
             else:
                 self._held = Held(destination, SUFFIX)
                 self._take_up(resume=resume, restart=restart)
-            if not self.finished and not self.occupied:
+            if not self.occupied:
                 self._open_journal()
         except BaseException:
             self.close()
@@ -182,13 +190,12 @@ class Workspace:
         return self._output
 
     def _take_up(self, *, resume: bool, restart: bool) -> None:
-        record, published = _settle(self.held)
+        record = _settle(self.held)
         same = record is not None and record["identity"] == self.identity
-        if published:
-            self.finished, record = same and resume, None
         if record is not None and resume and same:
             self.replaces |= record["replaces"]
-        if self.finished or self._is_occupied(resume=resume):
+        self.occupied = self._is_occupied(resume=resume)
+        if self.occupied:
             return
         if record is not None and not resume and not restart:
             raise Usage(
@@ -206,7 +213,12 @@ class Workspace:
             if not (resume and same):
                 self._clear(restart)
             self._work = self.held.make()
-            self._output = self._work.folder(OUTPUT, make=True)
+            try:
+                self._output = self._work.folder(OUTPUT, make=True)
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    raise
+                raise planted("it is a link or no directory", self.path, "rm") from None
             self._record()
             if resume and same:
                 self.done = self._read_journals()
@@ -228,7 +240,6 @@ class Workspace:
                 "the destination exists and is not empty", where=str(self.destination),
                 hint="name another, or add `--overwrite`",
             )  # fmt: skip
-        self.occupied = True
         return True
 
     def _clear(self, restart: bool) -> None:
@@ -236,7 +247,7 @@ class Workspace:
         tree = self.held.tree
         if tree is None:
             return
-        odd = [name for name in tree.names() if name not in (OUTPUT, _RUN, _DRAFT) and not _JOURNAL.fullmatch(name)]
+        odd = [name for name in tree.names() if name == REPLACED] or _unknown(tree)
         if odd and not restart:
             raise Usage(
                 f"the work directory holds `{odd[0]}`, which no run of this version left there",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import xxhash
 
 import llmconvert
-from llmconvert.checkpoint.directory import open_checkpoint, read_json
+from llmconvert.checkpoint.directory import open_checkpoint, read_json, stays_inside
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.engine.plan import Plan
@@ -26,8 +27,8 @@ REPORT = "llmconvert-report.json"
 """What was proved of an output."""
 
 _DIGEST, _OUTSIDE = "xxh3_128", "outside_tensors_xxh3_128"
-_UNREAD = (".md",)
-"""Files that may be added to an output without making it another: no loader reads them."""
+_UNREAD = re.compile(r"[^/]*\.md|\.git(attributes|ignore)|\.DS_Store|\.(git|cache)/.*")
+"""What may be added to an output without making it another: repositories and downloads leave it, no loader reads it."""
 
 Entry = dict[str, Any]
 Files = dict[str, Entry]
@@ -204,6 +205,8 @@ def _misfit(directory: Path, name: str, entry: Any) -> str | None:
         raise InputOutput(f"cannot read the file: {error.strerror}", where=str(path)) from None
     if not stat.S_ISREG(found.st_mode):
         return "is no regular file"
+    if not stays_inside(directory, path):
+        return "is a symlink that leaves the directory"
     return None if isinstance(entry, dict) and entry.get("size") == found.st_size else "has another size"
 
 
@@ -280,7 +283,7 @@ def _changed_files(directory: Path, files: Mapping[str, Any]) -> list[str]:
         there = (path.relative_to(directory).as_posix() for path in paths)
         faults += [
             f"`{name}` was added" for name in there
-            if name not in files and name != MANIFEST and not name.startswith(".") and not name.endswith(_UNREAD)
+            if name not in files and name != MANIFEST and not _UNREAD.fullmatch(name)
         ]  # fmt: skip
     return faults
 

@@ -13,7 +13,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from llmconvert.engine.journal import OUTPUT, REPLACED, Workspace, tidy, work_directory
+from llmconvert.engine.journal import DISCARDED, OUTPUT, REPLACED, Workspace, tidy, work_directory
 from llmconvert.engine.manifest import MANIFEST
 from llmconvert.engine.processes import rank
 from llmconvert.engine.rename import Unsupported, exchange, move, move_onto_empty
@@ -168,6 +168,7 @@ def _replace(space: Workspace, work: Tree, parent: Tree, name: str) -> None:
         with suppress(FileExistsError):  # an interrupt just after the last rename: the name is the output's
             back(work, aside, parent, name)
         raise
+    work.rename(aside, DISCARDED)  # so that it need not be looked at again when half of it is gone
 
 
 def _appeared(space: Workspace) -> Usage:

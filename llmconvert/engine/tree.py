@@ -154,8 +154,10 @@ class Tree:
                 inner = os.open(part, _DIRECTORY, dir_fd=descriptor)
                 os.close(descriptor)
                 descriptor = inner
-        except BaseException:
+        except BaseException as error:
             os.close(descriptor)
+            if isinstance(error, OSError):
+                error.filename = str(self.path / name)
             raise
         return Tree(descriptor, self.path / name)
 
