@@ -12,11 +12,7 @@ from pathlib import Path
 from llmconvert.checkpoint.directory import open_checkpoint
 from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.converters.planning import Conversion, elsewhere, plan_conversion
-from llmconvert.converters.proofs import (
-    Proving,
-    check_provable,
-    prove_written,
-)
+from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import return_pairs
 from llmconvert.converters.running import Progress, Report, run
 from llmconvert.engine.publish import check_destination
@@ -84,7 +80,7 @@ def convert(
         verify: `none`, `weights` (ledger and round trip) or `logits` (both models run as well).
         workers: threads; the number of processors, at most 8, if None.
         overwrite: replace a destination that exists, and discard an unfinished run.
-        resume: go on with an unfinished run.
+        resume: go on with an unfinished run; one that is finished, with the same inputs, is left as it is.
         dry_run: plan, check the data the plan relies on, and write nothing.
         sync: have the disk confirm every byte before publishing.
         device: where logits are computed: auto, cpu, cuda, cuda:1.
@@ -100,7 +96,7 @@ def convert(
         raise Usage("`--workers` must be at least 1")
     target_dir = Path(destination)
     if Path(source).exists() and not dry_run:
-        check_destination(Path(source), target_dir, overwrite=overwrite)
+        check_destination(Path(source), target_dir, overwrite=overwrite, resume=resume)
     conversion = plan_conversion(
         source,
         to,
@@ -115,8 +111,8 @@ def convert(
     report = _report(conversion, str(destination))
     if dry_run:
         return report
-    check_destination(conversion.checkpoint.path, target_dir, overwrite=overwrite)
-    check_provable(conversion, proving)
+    check_destination(conversion.checkpoint.path, target_dir, overwrite=overwrite, resume=resume)
+    refuse_unprovable(proving, [("source", conversion.checkpoint.path)], told=conversion.source_spec.told)
     return run(
         conversion.plan, conversion.checkpoint.path, target_dir, report, proving, workers, overwrite, resume, sync,
         progress,
@@ -124,6 +120,9 @@ def convert(
         prove=lambda written, shown: prove_written(
             conversion.checkpoint.path, written, conversion.plan, proving, shown,
             told=(conversion.source_spec.told, conversion.target.told),
+        ),
+        ready=lambda written: refuse_unprovable(
+            proving, [("result", written)], where=conversion.checkpoint.path, told=conversion.target.told
         ),
     )  # fmt: skip
 

@@ -182,7 +182,7 @@ def plan_conversion(
     texts = {"config.json": (json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
     texts |= index_texts(outputs, files) | code_texts(target)
-    extra: Companions = companions(checkpoint)
+    extra: Companions = companions(checkpoint).beside(texts)
     own_file = known.files[spec.name]
     summary = {
         "source": {

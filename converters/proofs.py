@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.checkpoint.dtypes import TO_NAME
-from llmconvert.converters.planning import Conversion
 from llmconvert.engine.manifest import REPORT
 from llmconvert.engine.plan import Plan
+from llmconvert.engine.tree import Tree
 from llmconvert.errors import LlmconvertError, ProofFailed, Refused, Usage
 from llmconvert.tensors.expressions import (
     BlockScales,
@@ -50,29 +49,16 @@ class Proving:
             raise Usage(f"`{self.verify}` is not a way to verify", hint="choose none, weights or logits")
 
 
-def check_provable(conversion: Conversion, proving: Proving) -> None:
-    """Before anything is written: can both models be run at all?
-
-    Raises:
-        Refused: torch or transformers is missing, or no code here runs the source or the target.
-        Usage: there is no such device.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_bytes(conversion.plan.texts["config.json"])
-        models = [("source", conversion.checkpoint.path), ("result", Path(folder))]
-        told = (conversion.source_spec.told, conversion.target.told)
-        refuse_unprovable(proving, models, {path: keys for (_, path), keys in zip(models, told, strict=True)})
-
-
 def refuse_unprovable(
-    proving: Proving, models: Sequence[tuple[str, Path]], told: Mapping[Path, Mapping[str, Any]] | None = None
+    proving: Proving, models: Sequence[tuple[str, Path]], *, where: Path | None = None, told: Mapping[str, Any] | None = None
 ) -> None:
-    """Refuse where logits are to be compared and one of the models cannot be run.
+    """Refuse where logits are to be compared and one of the models, named as in messages, cannot be run.
 
     Args:
-        proving: the proofs asked for.
-        models: by their names in messages.
-        told: what their config.json leave open, by directory.
+        proving: what is asked for.
+        models: a directory with at least a config.json each.
+        where: the directory the message names; the first model's if None.
+        told: keys that their config.json leave open.
 
     Raises:
         Refused: torch or transformers is missing, or no code here runs a model.
@@ -94,12 +80,12 @@ def refuse_unprovable(
         resolve_device(name.strip())
     for name, directory in models:
         try:
-            with stating(told or {}):
+            with stating({directory: told or {}}):
                 check_runnable(directory)
         except LlmconvertError as error:
             raise Refused(
                 f"the {name} cannot be run to compare logits: {error.what}",
-                where=str(models[0][1]),
+                where=str(where or models[0][1]),
                 hint=without.removeprefix("or "),
             ) from None
 
@@ -156,8 +142,12 @@ def prove_written(
     return found.to_dict()
 
 
-def write_record(directory: Path, record: Mapping[str, Any]) -> None:
-    """Write what was proved into a directory: the same for the same conversion, wherever and whenever it was run."""
+def write_record(tree: Tree, record: Mapping[str, Any]) -> None:
+    """Write what was proved into a directory: the same for the same conversion, wherever and whenever it was run.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     logits = record.get("logits")
     record = {
         **{key: value for key, value in record.items() if key != "destination"},
@@ -165,7 +155,7 @@ def write_record(directory: Path, record: Mapping[str, Any]) -> None:
         "logits": {key: value for key, value in logits.items() if key != "seconds"} if logits else None,
     }
     text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
-    (directory / REPORT).write_text(text + "\n", encoding="utf-8")
+    tree.write(REPORT, (text + "\n").encode(errors="backslashreplace"))
 
 
 def require_logits(logits: Mapping[str, Any], source: Path, output: Path) -> None:

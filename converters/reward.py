@@ -159,7 +159,9 @@ def to_reward(
             f"nothing runs a checkpoint whose tensors are called `{_BODY}…`, so its rewards cannot be compared",
             where=str(body.path), hint="add `--verify weights`",
         )  # fmt: skip
-    check_destination(body.path, target_dir, overwrite=overwrite or dry_run)
+    if not dry_run:
+        for path in (body.path, *([Path(lm_head_from)] if lm_head_from else [])):
+            check_destination(path, target_dir, overwrite=overwrite, resume=resume)
     language = _language_head(body, found, head, lm_head_from)
     if language is not None:
         body = replace(body, tensors={**body.tensors, _HEAD: language})

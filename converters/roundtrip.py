@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from llmconvert.checkpoint.directory import open_checkpoint, read_json
 from llmconvert.converters.huggingface import convert
 from llmconvert.converters.running import Progress, Report
+from llmconvert.engine.held import temporary
 from llmconvert.errors import ProofFailed
 from llmconvert.spec.fused import unfused
 from llmconvert.tensors.expressions import stored
@@ -27,6 +27,7 @@ class ThereAndBack:
         tensors: how many were compared.
         different: those that came back different.
         config: whether config.json came back the same.
+        stale: what earlier round trips left, and how to remove it.
     """
 
     verdict: bool
@@ -36,6 +37,7 @@ class ThereAndBack:
     tensors: int
     different: tuple[str, ...]
     config: bool
+    stale: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary."""
@@ -59,8 +61,8 @@ def round_trip(
     Raises:
         LlmconvertError: a conversion is refused or its proof fails.
     """
-    with tempfile.TemporaryDirectory(prefix="llmconvert-roundtrip-", dir=work_dir) as folder:
-        outward, homeward = Path(folder) / "there", Path(folder) / "back"
+    with temporary(work_dir, "llmconvert-roundtrip-") as (folder, left):
+        outward, homeward = folder / "there", folder / "back"
         common = {**options, "workers": workers, "sync": False, "progress": progress}
         there = convert(source, outward, to=to, **common)
         back = convert(outward, homeward, to=there.source_architecture, **common)
@@ -76,4 +78,5 @@ def round_trip(
         config = read_json(before.path / "config.json") == read_json(homeward / "config.json")
     came = f"{len(names) - len(wrong)} of {len(names)} tensors come back bit for bit"
     reason = f"{came}; config.json comes back {'the same' if config else 'changed'}"
-    return ThereAndBack(not wrong, reason, there, back, len(names), tuple(wrong), config)
+    stale = tuple(f"a round trip that was killed left its copies: `rm -r {path}`" for path in left)
+    return ThereAndBack(not wrong, reason, there, back, len(names), tuple(wrong), config, stale)

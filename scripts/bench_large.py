@@ -159,8 +159,8 @@ for turn in range(turns + 1):
     executor.prepare()
     executor.finish(executor.run(0, 1))
     pairs.append((copying, time.perf_counter() - mark))
+    space.discard()
     space.close()
-    shutil.rmtree(space.path)
 print(json.dumps([begun, pairs[1:]]))
 """
 """Write one output again and again by the executor, each time after a timed `cp`: in one process, since this kind of

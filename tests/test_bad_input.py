@@ -430,7 +430,6 @@ def test_resume_notices_another_conversion(tmp_path: Path) -> None:
     source = checkpoints.make("qwen2", tmp_path / "src")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "publish", lambda *a, **k: (_ for _ in ()).throw(ProofFailed("stop here")))
-        patch.setattr(running.Workspace, "finish", lambda self: None)
         with pytest.raises(ProofFailed):
             convert(source, tmp_path / "dst", to="llama")
     with pytest.raises(Usage, match="another conversion"):

@@ -210,7 +210,7 @@ def test_a_forgotten_rewrite_is_found(
     with pytest.raises(ProofFailed) as failure:
         convert(source, tmp_path / "again", to="llama", device="cpu")
     assert not (tmp_path / "again").exists() and failure.value.exit_code == 5
-    record = json.loads((tmp_path / ".again.llmconvert-partial" / "llmconvert-report.json").read_text())
+    record = json.loads((tmp_path / ".again.llmconvert-partial" / "output" / "llmconvert-report.json").read_text())
     assert record["published"] is False and record["failure"] in failure.value.what
 
 

@@ -76,9 +76,9 @@ def test_every_process_takes_its_share_and_a_killed_one_is_made_up_for(
     done = _launch(2, _script(tmp_path, "split", source, tmp_path / "ranks", *_SPLIT, before=killed))
     assert done.returncode != 0 and not (tmp_path / "ranks").exists()
     work = tmp_path / ".ranks.llmconvert-partial"
-    journals = sorted(work.glob("llmconvert-journal*.jsonl"))
+    journals = sorted(work.glob("journal-*.jsonl"))
     assert len(journals) == 2 and journals[0].read_text() and all(path.exists() for path in journals)
-    kept = sum(len(path.read_text().splitlines()) for path in journals)
+    kept = sum(bool(line) for path in journals for line in path.read_text().splitlines())
     assert kept > 12
     again = _launch(4, _script(tmp_path, "split", source, tmp_path / "ranks", *_SPLIT, "--resume"))
     assert again.returncode == 0, again.stderr

@@ -16,7 +16,7 @@ from llmconvert.canonical.step import Step
 from llmconvert.checkpoint.directory import Checkpoint, open_checkpoint, read_json
 from llmconvert.checkpoint.dtypes import FROM_NAME, TO_NAME
 from llmconvert.checkpoint.megatron import MegatronCheckpoint, open_megatron
-from llmconvert.converters.companions import companions
+from llmconvert.converters.companions import Companions, companions
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid, chunks
 from llmconvert.converters.megatron.layout import dist_cut
@@ -194,6 +194,7 @@ class MergeConversion:
     plan: Plan
     ledger: Ledger
     notes: tuple[str, ...]
+    not_carried: dict[str, str]
 
 
 def plan_merge(
@@ -239,10 +240,11 @@ def plan_merge(
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
     texts = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
     texts |= index_texts(outputs, files) | code_texts(target)
-    copies: dict[str, Path] = {}
+    extra = Companions({}, {})
     if (path / HF_FOLDER).is_dir():
-        extra = companions(Checkpoint(path / HF_FOLDER, opened.origin[1] if opened.origin else {}, {}))
-        copies, texts = dict(extra.copies), {**texts, **extra.texts}
+        beside = Checkpoint(path / HF_FOLDER, opened.origin[1] if opened.origin else {}, {})
+        extra = companions(beside, within=path).beside(texts)
+        texts = {**extra.texts, **texts}
     old = opened.checkpoint
     summary = {
         "source": {
@@ -258,7 +260,7 @@ def plan_merge(
     everything = opened.checkpoint.stored
     stats = sorted({(str(t.path), t.path.stat().st_size, t.path.stat().st_mtime_ns) for t in everything.values()})
     identity = [llmconvert.__version__, stats, [(f.name, f.size, f.digest) for f in files], summary]
-    plan = Plan(path, outputs, files, texts, copies, model.checks, json.dumps(identity, default=str) + "\n", summary)
+    plan = Plan(path, outputs, files, texts, extra.copies, model.checks, json.dumps(identity, default=str) + "\n", summary)
     ledger = account(plan, everything, opened.dropped, opened.rows_used)
     notes += arguments.departures(opened.config)
     if opened.checkpoint.left_out:
@@ -266,7 +268,7 @@ def plan_merge(
     padding = opened.cut.padded_vocab_size - opened.config.vocab_size
     if padding:
         notes += (f"{padding} rows of vocabulary padding are cut off",)
-    return MergeConversion(opened, target, model, steps, plan, ledger, notes)
+    return MergeConversion(opened, target, model, steps, plan, ledger, notes, extra.left)
 
 
 def _config(
@@ -356,7 +358,8 @@ def merge_checkpoint(
     if workers is not None and workers < 1:
         raise Usage("`--workers` must be at least 1")
     if not dry_run:
-        check_destination(source, destination, overwrite=overwrite)
+        for path in (source, *([config] if config else [])):
+            check_destination(path, destination, overwrite=overwrite, resume=resume)
     opened = open_model(source, iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle)
     conversion = plan_merge(opened, to=to, dtype=dtype, max_shard_size=max_shard_size, spec_file=spec_file)
     report = _report(conversion, str(destination))
@@ -394,7 +397,7 @@ def _report(conversion: MergeConversion, destination: str) -> Report:
         steps=plan.summary["steps"],
         dropped=conversion.ledger.dropped,
         notes=conversion.notes,
-        not_carried={},
+        not_carried=conversion.not_carried,
         dtype=dict(dtypes),
         ledger=asdict(conversion.ledger),
         disk_needed=plan.nbytes,

@@ -11,6 +11,7 @@ from typing import Any
 import llmconvert
 from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.checkpoint.megatron import LATEST, open_megatron
+from llmconvert.converters.companions import whole_folder
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid, padded_vocabulary
 from llmconvert.converters.megatron.layout import cut_for, lay_out, tracked
@@ -37,7 +38,7 @@ _GRID_ARGUMENTS = (
 
 def _plan(
     opened: Opened, grid: Grid, fmt: str, implementation: str, grouped: bool, divisible_by: int
-) -> tuple[Plan, Ledger, Cut]:
+) -> tuple[Plan, Ledger, Cut, dict[str, str]]:
     config, source = opened.config, opened.checkpoint
     check_cut(config, grid, fmt, implementation)
     padded = padded_vocabulary(config.vocab_size, grid.tp, divisible_by)
@@ -51,8 +52,8 @@ def _plan(
     args |= {"moe_grouped_gemm": grouped} if config.num_experts else {}
     folder, tracker = tracked(None)
     outputs, files, texts = lay_out(shards, args, grid, cut, folder)
-    hf = source.path / HF_FOLDER
-    copies = {f"{HF_FOLDER}/{p.relative_to(hf)}": p for p in sorted(hf.rglob("*")) if p.is_file()}
+    beside = whole_folder(source.path / HF_FOLDER, source.path)
+    copies = {f"{HF_FOLDER}/{name}": path for name, path in beside.copies.items()}
     texts |= {LATEST: tracker.encode(), ARGS_SCRIPT: arguments.script({**described, **args}, "DIR").encode()}
     recorded = (manifest.read(source.path) or {}).get("source")
     summary: dict[str, Any] = {
@@ -64,7 +65,8 @@ def _plan(
     stats = sorted({(str(t.path), t.path.stat().st_size, t.path.stat().st_mtime_ns) for t in everything.values()})
     identity = [llmconvert.__version__, stats, [(f.name, f.size, f.digest) for f in files], summary]
     plan = Plan(source.path, outputs, files, texts, copies, (), json.dumps(identity, default=str) + "\n", summary)
-    return plan, account(plan, everything, opened.dropped, opened.rows_used), cut
+    left = {f"{HF_FOLDER}/{name}": why for name, why in beside.left.items()}
+    return plan, account(plan, everything, opened.dropped, opened.rows_used), cut, left
 
 
 def _pairs(opened: Opened, cut: Cut, written: Path) -> list[Pair]:
@@ -105,7 +107,8 @@ def reshard_checkpoint(
     if workers is not None and workers < 1:
         raise Usage("`--workers` must be at least 1")
     if not dry_run:
-        check_destination(source, destination, overwrite=overwrite)
+        for path in (source, *([config] if config else [])):
+            check_destination(path, destination, overwrite=overwrite, resume=resume)
     opened = open_model(source, iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle)
     implementation = transformer_impl or opened.transformer_impl
     if implementation not in IMPLEMENTATIONS:
@@ -113,7 +116,7 @@ def reshard_checkpoint(
             f"`{implementation}` is not a transformer implementation", hint=f"choose {' or '.join(IMPLEMENTATIONS)}"
         )
     grouped = opened.cut.grouped if grouped is None else grouped
-    plan, ledger, cut = _plan(opened, grid, fmt, implementation, grouped, divisible_by)
+    plan, ledger, cut, left = _plan(opened, grid, fmt, implementation, grouped, divisible_by)
     old, notes = opened.checkpoint, tuple[str, ...]()
     if old.left_out:
         notes += (f"{old.left_out / 1e9:.2f} GB of optimizer and random state are left out",)
@@ -130,7 +133,7 @@ def reshard_checkpoint(
         steps=[],
         dropped=ledger.dropped,
         notes=notes,
-        not_carried={},
+        not_carried=left,
         dtype=dict(Counter(TO_NAME[output.expression.dtype] for output in plan.tensors)),
         ledger=asdict(ledger),
         disk_needed=plan.nbytes,

@@ -59,6 +59,7 @@ class SplitConversion:
         plan: what will be written.
         ledger: the account of the plan.
         notes: what a user should know.
+        not_carried: files of the source that are left behind, and why.
     """
 
     checkpoint: Checkpoint
@@ -71,6 +72,7 @@ class SplitConversion:
     plan: Plan
     ledger: Ledger
     notes: tuple[str, ...]
+    not_carried: dict[str, str]
 
 
 def lower_to_megatron(
@@ -180,7 +182,7 @@ def plan_split(
     if padded != model.config.vocab_size:
         rows = f"{padded - model.config.vocab_size} rows of zeros"
         notes += (f"the vocabulary of {model.config.vocab_size} is padded to {padded} with {rows}",)
-    return SplitConversion(checkpoint, spec, lifted, model, steps, cut, args, plan, ledger, notes)
+    return SplitConversion(checkpoint, spec, lifted, model, steps, cut, args, plan, ledger, notes, extra.left)
 
 
 def _identity(checkpoint: Checkpoint, files: tuple[WeightFile, ...], summary: Mapping[str, Any]) -> str:
@@ -235,7 +237,7 @@ def split_checkpoint(
     if workers is not None and workers < 1:
         raise Usage("`--workers` must be at least 1")
     if Path(source).exists() and not dry_run:
-        check_destination(Path(source), target, overwrite=overwrite)
+        check_destination(Path(source), target, overwrite=overwrite, resume=resume)
     conversion = plan_split(
         source,
         grid,
@@ -253,9 +255,9 @@ def split_checkpoint(
     report = _report(conversion, str(destination))
     if dry_run:
         return report
-    check_destination(conversion.checkpoint.path, target, overwrite=overwrite)
+    check_destination(conversion.checkpoint.path, target, overwrite=overwrite, resume=resume)
     path, told = conversion.checkpoint.path, conversion.spec.told
-    refuse_unprovable(proving, [("source", path)], {path: told})
+    refuse_unprovable(proving, [("source", path)], told=told)
     if proving.verify == LOGITS:
         arguments.refuse_departures(conversion.model.config)
     return run(
@@ -286,7 +288,7 @@ def _report(conversion: SplitConversion, destination: str) -> Report:
         steps=plan.summary["steps"],
         dropped=conversion.ledger.dropped,
         notes=conversion.notes,
-        not_carried={},
+        not_carried=conversion.not_carried,
         dtype=dict(dtypes),
         ledger=asdict(conversion.ledger),
         disk_needed=plan.nbytes,

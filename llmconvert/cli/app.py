@@ -211,10 +211,10 @@ def inspect(
     if check:
         from llmconvert.engine.manifest import check as check_manifest
 
-        tensors, total = check_manifest(Path(source))
+        done = check_manifest(Path(source))
         output.result(
-            {"path": source, "intact": True, "tensors": tensors, "bytes": total},
-            f"intact: {tensors} tensors, {render.size(total)}, as written",
+            {"path": source, "intact": True, "files": done.files, "tensors": done.tensors, "bytes": done.nbytes},
+            f"intact: {done.files} files, {done.tensors} tensors, {render.size(done.nbytes)}, as written",
         )
         return
     from llmconvert.converters.megatron.grid import Grid

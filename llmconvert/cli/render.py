@@ -22,7 +22,9 @@ def size(count: int) -> str:
 def report(found: Report, *, dry_run: bool) -> str:
     """What a conversion did, or would do."""
     arrow = f"{found.source_architecture} → {found.target_architecture}"
-    if found.published:
+    if found.unchanged:
+        lines = [f"nothing to do, an earlier run converted {arrow}: {found.destination}"]
+    elif found.published:
         lines = [f"converted {arrow}: {found.destination}"]
     else:
         lines = [f"plan for {arrow}: {found.source} → {found.destination}" + (" (nothing written)" if dry_run else "")]
@@ -143,6 +145,7 @@ def there_and_back(found: Any) -> str:
         lines.append(f"  {name:<6}{len(report.steps)} rewrites, ledger closed; logits: {logits}")
     if found.different:
         lines.append(f"  different: {', '.join(found.different[:8])}")
+    lines += [f"  note  {note}" for note in found.stale]
     return "\n".join(lines)
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmconvert.checkpoint.safetensors import layout
-from llmconvert.errors import Usage
+from llmconvert.engine.tree import open_regular
+from llmconvert.errors import BadInput, InputOutput, Usage
 from llmconvert.tensors.expressions import Check, Expression
 
 REGION_BYTES = 64 * 1024 * 1024
 """Tensors are written, journalled and checksummed in runs of whole rows of about this size."""
+
+_COPY_BYTES = 256 * 1024
 
 INDEX = "model.safetensors.index.json"
 
@@ -84,6 +89,21 @@ class WeightFile:
         return hasher.hexdigest()
 
 
+    def outside(self, crcs: Mapping[int, bytes]) -> Iterator[bytes]:
+        """Its bytes that are not tensors', in order.
+
+        Args:
+            crcs: what is written over `pieces` at which offset.
+        """
+        places = deque(sorted(crcs.items()))
+        for offset, data in sorted(self.pieces):
+            patched = bytearray(data)
+            while places and places[0][0] < offset + len(data):
+                place, crc = places.popleft()
+                patched[place - offset : place - offset + len(crc)] = crc
+            yield bytes(patched)
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything a conversion will do, known before it does it.
@@ -93,9 +113,9 @@ class Plan:
         tensors: the output tensors, in file and offset order.
         files: the weight files.
         texts: small files to write, by name.
-        copies: files to copy unchanged, by name.
+        copies: files to copy unchanged, by name; where a text has the name, the text is written.
         checks: facts about the data to test before writing.
-        identity: what makes two runs the same run, for resuming.
+        identity: what of the source, the options and the layout makes two runs the same run; see `run_identity`.
         summary: what reports and the manifest say about the conversion.
     """
 
@@ -111,8 +131,66 @@ class Plan:
     @property
     def nbytes(self) -> int:
         """Bytes the output takes."""
-        small = sum(map(len, self.texts.values())) + sum(path.stat().st_size for path in self.copies.values())
+        small = sum(map(len, self.texts.values())) + sum(size for size, _ in self.copied().values())
         return sum(file.size for file in self.files) + small
+
+    def copied(self) -> dict[str, tuple[int, int]]:
+        """Size and time of change (nanoseconds) of every file to copy, by its name in the output.
+
+        Raises:
+            InputOutput: one is gone, or the system refuses.
+        """
+        found = {}
+        for name, path in self.copies.items():
+            if name in self.texts:
+                continue
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise InputOutput(f"cannot read the file: {error.strerror}", where=str(path)) from None
+            found[name] = stat.st_size, stat.st_mtime_ns
+        return found
+
+    def reading(self, name: str) -> Iterator[bytes]:
+        """The bytes of a file to copy, which holds still while it is read.
+
+        Args:
+            name: its name in the output.
+
+        Raises:
+            InputOutput: it cannot be read.
+            BadInput: it changed, or is no regular file.
+        """
+        path, size = self.copies[name], 0
+        try:
+            descriptor = open_regular(os.path.realpath(path), os.O_RDONLY)
+        except OSError as error:
+            raise InputOutput(f"cannot read the file: {error.strerror}", where=str(path)) from None
+        try:
+            before = os.fstat(descriptor)
+            while True:
+                try:
+                    data = os.read(descriptor, _COPY_BYTES)
+                except OSError as error:
+                    raise InputOutput(f"cannot read the file: {error.strerror}", where=str(path)) from None
+                if not data:
+                    break
+                size += len(data)
+                yield data
+            after = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        if size != after.st_size or before.st_mtime_ns != after.st_mtime_ns:
+            raise BadInput("the file changed while it was copied", where=str(path))
+
+    def run_identity(self) -> str:
+        """What makes two runs the same run, for resuming: `identity`, and every small file as it is now.
+
+        Raises:
+            InputOutput: a file to copy is gone, or the system refuses.
+        """
+        texts = {name: hashlib.sha256(text).hexdigest() for name, text in sorted(self.texts.items())}
+        return json.dumps([self.identity, texts, sorted(self.copied().items())]) + "\n"
 
     def regions(self) -> Iterator[Region]:
         """The work, in file and offset order."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from llmconvert.checkpoint.dtypes import ITEMSIZE, TO_NAME, carrier
 from llmconvert.checkpoint.stored import StoredTensor
-from llmconvert.errors import BadInput, Refused
+from llmconvert.errors import BadInput, InputOutput, Refused
 from llmconvert.tensors.expressions import (
     LARGEST_E4M3,
     Beside,
@@ -62,10 +62,17 @@ class Reader:
         self._lock = threading.Lock()
 
     def descriptor(self, path: Path) -> int:
-        """The file descriptor for `path`, opened once."""
+        """The file descriptor for `path`, opened once.
+
+        Raises:
+            InputOutput: it cannot be opened.
+        """
         with self._lock:
             if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
+                try:
+                    self._descriptors[path] = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise _unreadable(path, error) from None
             return self._descriptors[path]
 
     def read_into(self, tensor: StoredTensor, buffer: memoryview, offset: int) -> None:
@@ -73,10 +80,14 @@ class Reader:
 
         Raises:
             BadInput: the file ends before the tensor does.
+            InputOutput: it cannot be read.
         """
         descriptor, position, done = self.descriptor(tensor.path), tensor.offset + offset, 0
         while done < len(buffer):
-            count = os.preadv(descriptor, [buffer[done:]], position + done)
+            try:
+                count = os.preadv(descriptor, [buffer[done:]], position + done)
+            except OSError as error:
+                raise _unreadable(tensor.path, error) from None
             if count == 0:
                 raise BadInput(
                     f"the file ended inside tensor `{tensor.name}`: it changed while being read", where=str(tensor.path)
@@ -95,6 +106,10 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _unreadable(path: Path, error: OSError) -> InputOutput:
+    return InputOutput(f"cannot read the file: {error.strerror or error}", where=str(path))
 
 
 def as_bytes(block: Block) -> memoryview:
