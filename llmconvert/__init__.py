@@ -6,8 +6,7 @@ The public functions are imported when first used, so that `import llmconvert` c
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import os
 
 __version__ = "0.1.0"
 
@@ -15,12 +14,18 @@ if __name__ != "llmconvert":
     # The checkout's root is on `__path__`, where this folder would be found a second time.
     raise ImportError(f"import `llmconvert`, not `{__name__}`")
 
-_HERE = Path(__file__).resolve().parent
-if not (_HERE / "specs").is_dir() and (_HERE.parent / "pyproject.toml").is_file():
+_HERE = os.path.dirname(os.path.realpath(__file__))
+_ROOT = os.path.dirname(_HERE)
+if not os.path.isdir(os.path.join(_HERE, "specs")) and os.path.isfile(os.path.join(_ROOT, "pyproject.toml")):
     # In a checkout `converters/` and `specs/` lie at the root; a wheel carries them inside the package.
-    __path__.append(str(_HERE.parent))
+    __path__.append(_ROOT)
 
+# From `typing`, or with a `Path` above, a file of such a name in the current directory would be imported before
+# `python -m llmconvert` can take that directory off the import path.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from llmconvert.checkpoint import open_checkpoint
     from llmconvert.converters.huggingface import convert
     from llmconvert.converters.inspection import inspect

@@ -9,9 +9,7 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,22 +18,39 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from infer_runs import (
+    ECHO,
+    ROOT,
+    TRACED,
+    VOCABULARY,
+    echo,
+    expected_bytes,
+    gone,
+    logged,
+    make_place,
+    orders,
+    read_rows,
+    run_main,
+    start,
+    traced,
+    until,
+    words,
+    workers_of,
+    write_rows,
+)  # fmt: skip
 
-from llmconvert.cli.app import main
-from llmconvert.errors import LlmconvertError, Usage
+from llmconvert.errors import LlmconvertError, Refused, Usage
 from llmconvert.infer import Infer
 from llmconvert.infer.batches import WINDOW, batches
 from llmconvert.infer.engines import Copy, choose
 from llmconvert.infer.engines.hf import HuggingFace
 from llmconvert.infer.rows import open_source
-from llmconvert.infer.run import Summary, share_devices
+from llmconvert.infer.run import share_devices
 from llmconvert.infer.sampling import Sampling, uniforms
-from llmconvert.infer.store import read_log, work_directory
+from llmconvert.infer.store import work_directory
 
-ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY = 131
+place = pytest.fixture(make_place)
 CHAT = "{% for m in messages %}w3 {{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}w4{% endif %}"
-ECHO, TRACED = "infer_engines:Echo", "infer_engines:Traced"
 
 
 def write_tokenizer(directory: Path, size: int) -> None:
@@ -49,20 +64,6 @@ def write_tokenizer(directory: Path, size: int) -> None:
     fast = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
     fast.chat_template = CHAT
     fast.save_pretrained(directory)
-
-
-def words(count: int, seed: int) -> str:
-    chosen = random.Random(seed)
-    return " ".join(f"w{chosen.randrange(3, VOCABULARY)}" for _ in range(count))
-
-
-def write_rows(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -356,95 +357,7 @@ def test_parquet_and_datasets_read_as_jsonl(tmp_path: Path) -> None:
         open_source(str(tmp_path / "splits"))
 
 
-# -- vLLM, as far as it goes without it -----------------------------------------------------------
-
-
-def fake_vllm(monkeypatch: pytest.MonkeyPatch, model: Path, takes_devices: bool) -> list[dict[str, Any]]:
-    """A module with the part of vLLM's interface that is used; it shows what vLLM would be told, not that vLLM agrees."""
-    import dataclasses
-    import types
-
-    import transformers
-
-    told: list[dict[str, Any]] = []
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-
-    class LLM:
-        def __init__(self, **options: Any) -> None:
-            told.append(options)
-            self.llm_engine = types.SimpleNamespace(model_config=types.SimpleNamespace(max_model_len=50))
-
-        def get_tokenizer(self) -> Any:
-            return tokenizer
-
-        def get_default_sampling_params(self) -> Any:
-            return types.SimpleNamespace(repetition_penalty=1.3)
-
-        def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
-            told.extend(vars(one) for one in params)
-            made = [types.SimpleNamespace(text=f"{len(one['prompt_token_ids'])}", token_ids=[1, 2]) for one in prompts]
-            return [types.SimpleNamespace(outputs=[one]) for one in made]
-
-    vllm: Any = types.ModuleType("vllm")
-    vllm.LLM, vllm.SamplingParams, vllm.__version__ = LLM, types.SimpleNamespace, "0.0"
-    names = ["model", *(["device_ids"] if takes_devices else [])]
-    vllm.EngineArgs = dataclasses.make_dataclass("EngineArgs", names)
-    inputs: Any = types.ModuleType("vllm.inputs")
-    inputs.TokensPrompt = dict
-    monkeypatch.setitem(sys.modules, "vllm", vllm)
-    monkeypatch.setitem(sys.modules, "vllm.inputs", inputs)
-    return told
-
-
-def test_vllm_is_told_devices_sampling_and_seeds(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
-    from llmconvert.infer.engines import build
-
-    told = fake_vllm(monkeypatch, model, takes_devices=True)
-    sampling = Sampling(10, temperature=0.5, stop=("w9",), seed=4)
-    made = build(Copy("vllm", str(model), ("cuda:2", "cuda:3"), 2, "bfloat16", None, sampling))
-    assert told[0]["device_ids"] == [2, 3] and told[0]["tensor_parallel_size"] == 2 and told[0]["dtype"] == "bfloat16"
-    items = [(0, words(5, 0)), (1, words(41, 1)), (2, words(7, 2)), (3, words(9, 3))]
-    answers = {a.row: a for group in made.answer(items, {3}) for a in group}
-    assert {row: answers[row].output for row in answers} == {0: "5", 1: None, 2: "7"} and answers[0].tokens == 2
-    assert "too long: 41 tokens" in str(answers[1].error)
-    assert told[1]["seed"] != told[2]["seed"] and told[1]["stop"] == ["w9"] and told[1]["top_k"] == -1
-    assert told[1]["temperature"] == 0.5 and told[1]["max_tokens"] == 10 and told[1]["repetition_penalty"] == 1.3
-    told = fake_vllm(monkeypatch, model, takes_devices=False)
-    build(Copy("vllm", str(model), ("cuda:0", "cuda:1"), 1, "auto", 8, sampling))
-    assert "device_ids" not in told[0] and told[0]["max_num_seqs"] == 8
-    with pytest.raises(LlmconvertError, match=r"cannot be told to use the devices \[1\]"):
-        build(Copy("vllm", str(model), ("cuda:1",), 2, "auto", None, sampling))
-
-
 # -- runs, without a model ------------------------------------------------------------------------
-
-
-@pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A directory for a run: `model` with a config only, `data.jsonl` with 60 rows."""
-    monkeypatch.syspath_prepend(str(ROOT / "tests"))
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
-    write_rows(tmp_path / "data.jsonl", [{"prompt": words(seed % 9 + 1, seed), "id": seed} for seed in range(60)])
-    return tmp_path
-
-
-def orders(place: Path, **what: Any) -> None:
-    (place / "orders.json").write_text(json.dumps(what))
-
-
-def echo(place: Path, output: str = "out.jsonl", workers: int = 2, **options: Any) -> Summary:
-    options = {"batch_size": 4, "devices": ["cpu"], "engine": ECHO, **options}
-    return Infer(place / "model", place / "data.jsonl", place / output, workers, **options).run()
-
-
-def expected_bytes(place: Path) -> bytes:
-    rows = read_rows(place / "data.jsonl")
-    return b"".join(json.dumps({**row, "output": json.dumps(row["prompt"])[::-1]}).encode() + b"\n" for row in rows)
-
-
-def traced(place: Path) -> list[int]:
-    return [int(line.split()[1]) for line in (place / "trace").read_text().splitlines()]
 
 
 def test_a_killed_worker_is_started_again_and_no_row_is_lost(place: Path) -> None:
@@ -469,48 +382,9 @@ def test_a_row_that_kills_workers_is_recorded_and_the_rest_is_answered(place: Pa
 
 def test_a_model_that_never_loads_ends_the_run_with_its_last_words(place: Path) -> None:
     orders(place, broken=True)
-    with pytest.raises(LlmconvertError, match="died 4 times.*RuntimeError: no such kernel") as caught:
+    with pytest.raises(Refused, match="died 4 times.*RuntimeError: no such kernel") as caught:
         echo(place, workers=1)
     assert "no such kernel" not in str(caught.value.where) and Path(str(caught.value.where)).exists()
-
-
-COMMAND = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-from llmconvert.cli.app import main
-main(sys.argv[1:])
-"""
-
-
-def start(place: Path, *arguments: str) -> subprocess.Popen[bytes]:
-    code = COMMAND.format(root=str(ROOT), tests=str(ROOT / "tests"))
-    command = [sys.executable, "-c", code, "infer", str(place / "model"), str(place / "data.jsonl")]
-    options = [str(place / "out.jsonl"), "--engine", ECHO, "--devices", "cpu", "--batch-size", "4", "-q", *arguments]
-    return subprocess.Popen([*command, *options], stderr=subprocess.PIPE)
-
-
-def logged(place: Path) -> list[int]:
-    logs = work_directory(place / "out.jsonl").glob("answers-*.jsonl")
-    return [answer.row for log in logs for _, answer in read_log(log)]
-
-
-def workers_of(place: Path) -> set[int]:
-    lines = (place / "trace").read_text().splitlines() if (place / "trace").exists() else []
-    return {int(line.split()[0]) for line in lines}
-
-
-def gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
-
-
-def until(what: Any, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
@@ -568,7 +442,7 @@ def test_two_runs_to_one_output_do_not_meet(place: Path) -> None:
     orders(place, sleep=0.05)
     run = start(place)
     until(lambda: logged(place))
-    with pytest.raises(Usage, match="another run is writing"):
+    with pytest.raises(Usage, match="another llmconvert run is writing"):
         echo(place, resume=True)
     run.kill()
     run.communicate()
@@ -609,9 +483,8 @@ def test_another_run_is_not_resumed_and_nothing_is_overwritten_unasked(place: Pa
         echo(place)
     echo(place, overwrite=True)
     before = (place / "out.jsonl").read_bytes()
-    for options in ({}, {"resume": True}):
-        with pytest.raises(Usage, match="the output exists"):
-            echo(place, **options)
+    with pytest.raises(Usage, match="the output exists"):
+        echo(place)
     assert (place / "out.jsonl").read_bytes() == before == expected_bytes(place)
 
 
@@ -659,12 +532,6 @@ def test_names_of_fields(place: Path) -> None:
 
 
 # -- runs with a model ----------------------------------------------------------------------------
-
-
-def run_main(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as caught:
-        main(["infer", *arguments])
-    return int(caught.value.code or 0)
 
 
 def test_the_command_answers_as_plain_generate(
@@ -769,7 +636,6 @@ def test_what_cannot_be_done_is_said_before_anything_is_loaded(place: Path, capf
     assert run_main(names[0], names[1], str(place / "x.parquet")) == 2 and "as JSONL only" in capfd.readouterr().err
     assert run_main(*names, "--engine", "no_such:Thing", "--devices", "cpu") == 2
     assert "cannot be imported: No module named 'no_such'" in capfd.readouterr().err
-    shutil.rmtree(work_directory(place / "out.jsonl"))
     if importlib.util.find_spec("vllm") is None:
         assert run_main(*names, "--engine", "vllm") == 2 and "pip install vllm" in capfd.readouterr().err
     assert {path.name for path in place.iterdir()} == {"model", "data.jsonl"}

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "spec": {"errors", "checkpoint", "tensors", "canonical", "specs"},  # it loads `specs`, by name
     "specs": {"errors", "canonical", "spec"},
     "engine": {"errors", "checkpoint", "tensors"},
-    "infer": {"errors", "checkpoint", "models"},
+    "infer": {"errors", "checkpoint", "engine", "models"},
     "training": {"errors"},
     # A proof must not share the code it judges: no spec, no specs, no canonical, no converters.
     "models": {"errors"},

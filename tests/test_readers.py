@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from children import vllm_python
 
 from llmconvert.errors import BadInput, LlmconvertError, Refused, Usage
 from llmconvert.verify import readers
@@ -286,19 +287,20 @@ def test_the_scripts_import_nothing_of_llmconvert() -> None:
 
 # Heads of a size that vLLM's attention on a CPU takes.
 _SHAPES = {"hidden_size": 192, "intermediate_size": 256, "head_dim": 32}
-_NEEDED = {
-    "vllm": ["LLMCONVERT_VLLM_PYTHON"],
-    "llama.cpp": ["LLMCONVERT_LLAMA_CPP_PYTHON", "LLMCONVERT_GGUF_CONVERTER"],
-}
+_LLAMA_CPP = ("LLMCONVERT_LLAMA_CPP_PYTHON", "LLMCONVERT_GGUF_CONVERTER")
 _REAL = [
+    pytest.param("vllm", marks=pytest.mark.slow),
     pytest.param(
-        engine,
+        "llama.cpp",
         marks=pytest.mark.skipif(
-            not all(os.environ.get(name) for name in names), reason=f"{engine} is not named by {', '.join(names)}"
+            not all(map(os.environ.get, _LLAMA_CPP)), reason=f"llama.cpp is not named by {', '.join(_LLAMA_CPP)}"
         ),
-    )
-    for engine, names in _NEEDED.items()
+    ),
 ]
+
+
+def _python(engine: str) -> str | None:
+    return vllm_python() if engine == "vllm" else None
 
 
 def _expected(directory: Path, prompts: list[list[int]]) -> list[list[float]]:
@@ -319,7 +321,7 @@ def test_a_real_engine_reads_what_transformers_reads(engine: str, arch: str, tmp
     generator = torch.Generator().manual_seed(7)
     prompts = [torch.randint(0, 131, (length,), generator=generator).tolist() for length in (34, 5, 2)]
     expected = _expected(directory, prompts)
-    report = compare_reader(engine, directory, prompts, expected, tolerance=2e-4)
+    report = compare_reader(engine, directory, prompts, expected, python=_python(engine), tolerance=2e-4)
     assert report.verdict, report
     assert report.num_tokens == 33 + 4 + 1
     other = _expected(tiny.make(arch, tmp_path / "other", seed=1, **shapes), prompts)
@@ -336,5 +338,5 @@ def test_a_real_engine_refuses_what_it_does_not_know(engine: str, tmp_path: Path
         json.dumps({**config, "architectures": ["Nonesuch"], "model_type": "nonesuch"})
     )
     with pytest.raises(LlmconvertError) as caught:
-        read_log_probs(engine, directory, PROMPTS)
+        read_log_probs(engine, directory, PROMPTS, python=_python(engine))
     assert isinstance(caught.value, Refused) and len(str(caught.value).splitlines()) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json as json_module
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -44,8 +46,17 @@ def infer(
     seed: Annotated[int, typer.Option(help="of sampling; each row has random numbers of its own")] = 0,
     batch_size: Annotated[str, typer.Option(help="most rows of a batch, or auto")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16, float64")] = "auto",
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", show_default=False,
+            help="option of the engine's own, such as max_model_len=4096; VALUE is JSON, or else text; may be repeated",
+        ),
+    ] = None,
     split: Annotated[str, typer.Option(help="split of a Hugging Face dataset")] = "train",
-    resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on with an unfinished run; do nothing if it is finished")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT, and discard an unfinished run")] = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="nothing but errors")] = False,
@@ -64,8 +75,9 @@ def infer(
         devices=None if devices is None else [name.strip() for name in devices.split(",") if name.strip()],
         engine=engine, prompt_field=prompt_field, messages_field=messages_field, output_field=output_field,
         error_field=error_field, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-        stop=stop or (), seed=seed, batch_size=None if batch_size == "auto" else int(batch_size), dtype=dtype, split=split, resume=resume,
-        overwrite=overwrite, progress=Progress(enabled=not json and not quiet),
+        stop=stop or (), seed=seed, batch_size=None if batch_size == "auto" else int(batch_size), dtype=dtype,
+        engine_args=_engine_args(engine_arg or ()), split=split, resume=resume, overwrite=overwrite,
+        progress=Progress(enabled=not json and not quiet),
     )  # fmt: skip
     try:
         summary = run.run()
@@ -77,6 +89,26 @@ def infer(
         if not json and not quiet:
             typer.echo(f"error: no row has an answer; {summary.first_error}", err=True)
         raise typer.Exit(BadInput.exit_code)
+
+
+def _engine_args(given: Sequence[str]) -> dict[str, Any]:
+    """Options of the engine by name.
+
+    Raises:
+        Usage: one has no name, or is named twice.
+    """
+    found: dict[str, Any] = {}
+    for one in given:
+        name, equals, text = one.partition("=")
+        if not equals or not name.isidentifier():
+            raise Usage(f"--engine-arg is {one!r}", hint="NAME=VALUE, such as max_model_len=4096")
+        if name in found:
+            raise Usage(f"--engine-arg names `{name}` twice", hint="leave one out")
+        try:
+            found[name] = json_module.loads(text)
+        except (ValueError, RecursionError):
+            found[name] = text
+    return found
 
 
 def _table(summary: Summary) -> Any:
@@ -100,6 +132,8 @@ def _table(summary: Summary) -> Any:
         ("engine", f"{summary.engine} ({summary.reason}), {len(summary.workers)} copies, dtype {summary.dtype}"),
     ):
         table.add_row(name, value)
+    if summary.already_finished:
+        return table
     for number, (tally, own) in enumerate(zip(summary.workers, summary.devices, strict=True)):
         restarts = f", restarted {tally.starts - 1} times" if tally.starts > 1 else ""
         table.add_row(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from llmconvert.infer.rows import Prompt, size
 
@@ -28,6 +29,11 @@ class Batch:
     items: list[tuple[int, Prompt]]
     done: set[int] = field(default_factory=set)
     deaths: int = 0
+
+    @cached_property
+    def rows(self) -> frozenset[int]:
+        """The numbers of all its rows."""
+        return frozenset(row for row, _ in self.items)
 
     def left(self) -> list[int]:
         """Rows not answered yet."""

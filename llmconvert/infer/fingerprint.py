@@ -11,6 +11,7 @@ import xxhash
 from llmconvert.errors import InputOutput
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+_TEMPLATES = "additional_chat_templates"
 _BLOCK, _SAMPLES = 1 << 16, 64
 _CHUNK = 1 << 22
 
@@ -45,10 +46,10 @@ def model_hash(directory: Path) -> str:
     """
     found = xxhash.xxh3_128()
     try:
-        for path in sorted(directory.iterdir()):
+        for path in [*sorted(directory.iterdir()), *sorted((directory / _TEMPLATES).glob("*"))]:
             if not path.is_file() or path.name.startswith(".") or path.suffix in (".md", ".html", ".png"):
                 continue
-            found.update(path.name.encode() + b"\0")
+            found.update(os.fsencode(path.name) + b"\0")
             found.update((_sampled_hash if path.suffix in _WEIGHTS else file_hash)(path).encode())
     except OSError as error:
         raise InputOutput(f"the model cannot be read: {error.strerror}", where=str(error.filename)) from None
@@ -65,3 +66,27 @@ def data_hash(files: Iterable[Path]) -> str:
         return xxhash.xxh3_128("".join(file_hash(path) for path in files).encode()).hexdigest()
     except OSError as error:
         raise InputOutput(f"the data cannot be read: {error.strerror}", where=str(error.filename)) from None
+
+
+class Unchanged:
+    """Files that must not change while they are worked on."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        """Note their state.
+
+        Raises:
+            InputOutput: one cannot be looked at.
+        """
+        self._files = list(files)
+        self._states = self._look()
+
+    def _look(self) -> list[tuple[int, ...]]:
+        try:
+            found = [os.stat(path) for path in self._files]
+        except OSError as error:
+            raise InputOutput(f"the data cannot be read: {error.strerror}", where=str(error.filename)) from None
+        return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
+
+    def still(self) -> bool:
+        """Whether they are as they were, by their sizes and times."""
+        return self._look() == self._states

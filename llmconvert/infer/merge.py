@@ -1,42 +1,39 @@
-"""Answers put into the order of the data, beside the fields of their rows, and the file that makes them exist."""
+"""Answers put into the order of the data, beside the fields of their rows."""
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from typing import BinaryIO
 
-from llmconvert.errors import InputOutput, LlmconvertError
+import xxhash
+
+from llmconvert.engine.tree import writing
+from llmconvert.errors import InputOutput
 from llmconvert.infer.rows import Fields, Row, to_line
-from llmconvert.infer.store import Answer, read_log
+from llmconvert.infer.store import Answer, Merged, Store, of_log_line
 
 OWN_ERROR = "llmconvert_error"
 """Where an error goes in a row whose own fields have the name for errors."""
 
 
-@dataclass
-class Merged:
-    """What an output holds: rows, those of them that are errors, tokens generated, and one of the errors."""
-
-    rows: int = 0
-    errors: int = 0
-    tokens: int = 0
-    first_error: str | None = None
-
-
 class Answers:
-    """The answers in some logs by row; of each only its place is in memory (10 bytes a row)."""
+    """The answers in a store's logs by row; of each only its place is in memory (12 bytes a row)."""
 
-    def __init__(self, logs: list[Path]) -> None:
-        """Find every row's first answer."""
-        self._logs = logs
-        self._log, self._offset = array("H"), array("q")
-        for number, log in enumerate(logs):
-            for offset, answer in read_log(log):
+    def __init__(self, store: Store) -> None:
+        """Find every row's first answer.
+
+        Raises:
+            InputOutput: a log cannot be read.
+        """
+        self._store, self._names = store, store.logs()
+        self._log, self._offset = array("i"), array("q")
+        for number, log in enumerate(self._names):
+            for offset, answer in store.read(log):
+                if answer is None:
+                    continue
                 missing = answer.row + 1 - len(self._offset)
                 if missing > 0:
                     self._log.extend([0] * missing)
@@ -44,58 +41,66 @@ class Answers:
                 if self._offset[answer.row] < 0:
                     self._log[answer.row], self._offset[answer.row] = number, offset
         self._stack = ExitStack()
-        self._files = [self._stack.enter_context(log.open("rb")) for log in logs]
+        self._files: dict[int, BinaryIO] = {}
 
     def of(self, row: int) -> Answer:
         """A row's answer.
 
         Raises:
-            LlmconvertError: there is none, which no course of events should lead to.
+            InputOutput: there is none: somebody has changed the logs.
         """
-        if row >= len(self._offset) or self._offset[row] < 0:
-            raise LlmconvertError(f"row {row} has no answer", hint="repeat with `--resume`")
-        file = self._files[self._log[row]]
-        file.seek(self._offset[row])
-        return Answer(**json.loads(file.readline()))
+        if row < len(self._offset) and self._offset[row] >= 0:
+            number = self._log[row]
+            if number not in self._files:
+                descriptor = self._store.open_to_read(self._names[number])
+                self._files[number] = self._stack.enter_context(os.fdopen(descriptor, "rb"))
+            file = self._files[number]
+            file.seek(self._offset[row])
+            answer = of_log_line(file.readline())
+            if answer is not None and answer.row == row:
+                return answer
+        raise InputOutput(
+            f"the answer to row {row} is no longer in the logs", where=str(self._store.path), hint="repeat with `--resume`"
+        )
 
     def close(self) -> None:
         """Close the logs."""
         self._stack.close()
 
 
-def merge(rows: Iterable[Row], logs: list[Path], fields: Fields, draft: Path, output: Path) -> Merged:
-    """Write the output: a line a row, in the data's order, under its name in one rename.
+def merge(rows: Iterable[Row], store: Store, fields: Fields) -> Merged:
+    """Write the output's draft: a line a row, in the data's order.
 
     Args:
         rows: the data, once more.
-        logs: the answers.
+        store: where the answers are, and where the draft goes.
         fields: where answers and errors go.
-        draft: the file to write, on the output's filesystem.
-        output: its name when whole; what is there is replaced.
+
+    Returns:
+        What the draft holds.
 
     Raises:
-        InputOutput: the disk refuses.
-        LlmconvertError: a row has no answer.
+        InputOutput: the disk refuses, or a row has no answer.
     """
-    answers, found = Answers(logs), Merged()
+    answers = Answers(store)
+    count = errors = tokens = length = 0
+    first_error, digest = None, xxhash.xxh3_128()
     try:
-        with draft.open("wb") as file:
+        with writing(store.path), os.fdopen(store.draft(), "wb") as file:
             for row in rows:
                 answer = answers.of(row.number)
                 result = {fields.output: answer.output}
-                found.rows += 1
-                found.tokens += answer.tokens
                 if answer.error is not None:
-                    found.errors += 1
-                    found.first_error = found.first_error or f"row {row.number}: {answer.error}"
+                    errors += 1
+                    first_error = first_error or f"row {row.number}: {answer.error}"
                     result[fields.error if fields.error not in row.fields else OWN_ERROR] = answer.error
                 # A field of the row's own stays: such a row is an error that says so.
-                file.write(to_line({**row.fields, **{k: v for k, v in result.items() if k not in row.fields}}))
+                line = to_line({**row.fields, **{k: v for k, v in result.items() if k not in row.fields}})
+                file.write(line)
+                digest.update(line)
+                count, tokens, length = count + 1, tokens + answer.tokens, length + len(line)
             file.flush()
             os.fsync(file.fileno())
-        draft.replace(output)
-    except OSError as error:
-        raise InputOutput(f"the output cannot be written: {error.strerror}", where=str(output)) from None
     finally:
         answers.close()
-    return found
+    return Merged(count, errors, tokens, first_error, length, digest.hexdigest())

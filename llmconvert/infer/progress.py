@@ -21,6 +21,7 @@ class Progress:
         self._total = self._before = 0
         self._live: Any = None
         self._said = self._since = time.monotonic()
+        self._loading = False
 
     def say(self, line: str) -> None:
         """A line worth knowing at once."""
@@ -52,6 +53,13 @@ class Progress:
         """
         if not self._enabled:
             return
+        ready = any(tally.loaded or tally.rows for tally in tallies)
+        if self._loading and ready:  # rates count from here
+            self._since = time.monotonic()
+        loading = not ready and any(tally.starts for tally in tallies)
+        if loading and not self._loading:
+            self._said -= _PAUSE  # worth a line at once
+        self._loading = loading
         if self._live is not None:
             self._live.update(self._table(tallies, unreadable))
         elif time.monotonic() - self._said >= _PAUSE:
@@ -65,13 +73,18 @@ class Progress:
             self._live = None
 
     def _line(self, tallies: Sequence[Tally], unreadable: int) -> str:
+        loading = sum(tally.starts > 0 and not (tally.loaded or tally.rows) for tally in tallies)
+        if self._loading:
+            seconds = int(time.monotonic() - self._since)
+            return f"loading: {loading} of {len(tallies)} copies, {seconds} s so far"
         new = sum(tally.rows for tally in tallies) + unreadable
         done = self._before + new
         elapsed = max(1e-9, time.monotonic() - self._since)
         tokens = sum(tally.tokens for tally in tallies) / elapsed
         left = (self._total - done) * elapsed / new if new else None
         eta = "-" if left is None else f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
-        return f"rows: {done} of {self._total}, {new / elapsed:.1f} rows/s, {tokens:.0f} tokens/s, {eta} left"
+        rest = f", {loading} of {len(tallies)} copies still loading" if loading else ""
+        return f"rows: {done} of {self._total}, {new / elapsed:.1f} rows/s, {tokens:.0f} tokens/s, {eta} left{rest}"
 
     def _table(self, tallies: Sequence[Tally], unreadable: int) -> Any:
         from rich.console import Group
@@ -82,7 +95,8 @@ class Progress:
         for name in ("worker", "rows", "errors", "tokens/s", "restarts"):
             table.add_column(name, justify="right")
         for number, tally in enumerate(tallies):
-            rate = f"{rate_of(tally):.0f}" if tally.rows else "loading" if tally.starts else "-"
+            waits = "-" if tally.loaded or not tally.starts else "loading"
+            rate = f"{rate_of(tally):.0f}" if tally.rows else waits
             table.add_row(str(number), str(tally.rows), str(tally.errors), rate, str(max(0, tally.starts - 1)))
         done = self._before + sum(tally.rows for tally in tallies) + unreadable
         bar = ProgressBar(total=max(1, self._total), completed=done, width=60)

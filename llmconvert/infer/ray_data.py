@@ -7,7 +7,9 @@ writes the log. So resuming, the order and the batches are the same as without R
 from __future__ import annotations
 
 import importlib
+import os
 import pickle
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
@@ -15,9 +17,11 @@ from typing import Any
 
 from llmconvert.errors import LlmconvertError, Refused, Usage
 from llmconvert.infer.batches import Batch
+from llmconvert.infer.children import environment
 from llmconvert.infer.engines import Copy, build
 from llmconvert.infer.pool import Tally
 from llmconvert.infer.store import Answer, Log, Store
+from llmconvert.infer.worker import sound
 
 _AHEAD = 4096
 """Batches handed to Ray at a time; it keeps their prompts in its object store."""
@@ -79,8 +83,7 @@ class RayCopies:
             raise Usage("Ray places copies itself", hint="leave `--devices` out, or use `--devices cpu`")
         self._mine = not self._ray.is_initialized()
         if self._mine:
-            # The cluster named by RAY_ADDRESS, or running on this machine, or else a local one.
-            self._ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=None)
+            self._connect()
         resources = self._ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if devices is None else 0
         copies = workers or max(1, gpus)
@@ -92,6 +95,26 @@ class RayCopies:
         self._cpus = min(1.0, float(resources.get("CPU", 1)) / (copies + 1))
         own = tuple(f"cuda:{number}" for number in range(self._gpus)) or ("cpu",)
         self.devices = [own] * copies
+
+    def _connect(self) -> None:
+        """Join the cluster named by RAY_ADDRESS, or running on this machine, or else start a local one.
+
+        Ray puts the directory it is started from on its workers' import path, and they work there: an empty one of ours, or
+        a checkpoint's `torch.py` would run where somebody stands beside it.
+        """
+        self._place = tempfile.TemporaryDirectory(prefix="llmconvert-", ignore_cleanup_errors=True)
+        named, path = os.environ.get("PYTHONPATH"), environment({}, {}).get("PYTHONPATH")
+        before = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.chdir(self._place.name)
+            if path is not None:
+                os.environ["PYTHONPATH"] = path
+            self._ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=None)
+        finally:
+            os.fchdir(before)
+            os.close(before)
+            if named is not None:
+                os.environ["PYTHONPATH"] = named
 
     def __enter__(self) -> RayCopies:
         """Nothing more."""
@@ -105,6 +128,7 @@ class RayCopies:
         """Leave the cluster; a local one ends."""
         if self._mine:
             self._ray.shutdown()
+            self._place.cleanup()
 
     def run(
         self, copies: list[Copy], store: Store, queue: Iterator[Batch], report: Callable[[list[Tally]], None]
@@ -121,27 +145,27 @@ class RayCopies:
         again: list[Batch] = []
         try:
             while ahead := again or list(islice(queue, _AHEAD)):
-                log = log or Log(store.new_log())
-                again = self._segment(copies, ahead, store, log, seen, lambda: report(list(seen.values())))
+                log = log or store.new_log()
+                again = self._segment(copies, ahead, store, log, seen, lambda: report(_all(seen, copies)))
         except LlmconvertError:
             raise
         except Exception as error:
             first = (str(error) or type(error).__name__).strip().splitlines()[-1]
-            raise LlmconvertError(
+            raise Refused(
                 f"Ray gave up: {type(error).__name__}: {first}",
                 hint="what is done is kept: repeat with `--resume` once the cause is gone",
             ) from error
         finally:
             if log is not None:
                 log.close()
-        tallies = list(seen.values())
-        return tallies + [Tally() for _ in range(len(copies) - len(tallies))]
+        return _all(seen, copies)
 
     def _segment(
         self, copies: list[Copy], ahead: list[Batch], store: Store, log: Log, seen: dict[str, Tally], report: Callable[[], None]
     ) -> list[Batch]:  # fmt: skip
         """Answer some batches by fresh copies; returned are those to try again."""
         began = time.monotonic()
+        report()
         items = [{"index": index, "batch": pickle.dumps(batch)} for index, batch in enumerate(ahead)]
         # A block a batch, or answers would come many batches late.
         answered = self._data.from_items(items, override_num_blocks=len(items)).map(
@@ -158,19 +182,25 @@ class RayCopies:
             found: list[Answer] | LlmconvertError | str = pickle.loads(result["found"])
             if isinstance(found, LlmconvertError):
                 raise found
-            if isinstance(found, str):
-                batch = ahead[result["index"]]
+            batch, cause = ahead[result["index"]], found if isinstance(found, str) else "no answer came"
+            fresh = [] if isinstance(found, str) else [one for one in sound(found, batch.rows) if store.mark(one.row)]
+            batch.done.update(answer.row for answer in fresh)
+            if batch.left():
                 more = batch.retry()
                 again += more
-                found = (
-                    [] if more else [Answer(row, error=f"failed {batch.deaths} times: {found}") for row in batch.left()]
-                )
-            fresh = [answer for answer in found if store.mark(answer.row)]
+                if not more:
+                    last = [Answer(row, error=f"failed {batch.deaths} times: {cause}") for row in batch.left()]
+                    fresh += [answer for answer in last if store.mark(answer.row)]
             log.append(fresh)
-            tally = seen.setdefault(result["worker"], Tally(starts=1))
+            tally = seen.setdefault(result["worker"], Tally(starts=1, loaded=True))
             tally.rows += len(fresh)
             tally.errors += sum(answer.error is not None for answer in fresh)
             tally.tokens += sum(answer.tokens for answer in fresh)
             tally.seconds = time.monotonic() - began
             report()
         return again
+
+
+def _all(seen: dict[str, Tally], copies: list[Copy]) -> list[Tally]:
+    """The tallies of all copies; those that have said nothing yet are being loaded."""
+    return [*seen.values(), *(Tally(starts=1) for _ in range(len(copies) - len(seen)))]

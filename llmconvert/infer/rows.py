@@ -61,18 +61,22 @@ class JsonLines:
 
     def count(self) -> int:
         """How many lines are not empty."""
-        with self.files[0].open("rb") as file:
-            return sum(1 for line in file if line.strip())
+        return sum(1 for _ in self._lines())
 
     def __iter__(self) -> Iterator[Row]:
         """The rows in order; a line that is no JSON object is a row with a fault, kept under `raw`."""
-        with self.files[0].open("rb") as file:
-            number = 0
-            for place, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                yield _parsed(number, place, line)
-                number += 1
+        for number, (place, line) in enumerate(self._lines()):
+            yield _parsed(number, place, line)
+
+    def _lines(self) -> Iterator[tuple[int, bytes]]:
+        """Lines that are not empty, with their numbers from 1."""
+        try:
+            with self.files[0].open("rb") as file:
+                for place, line in enumerate(file, 1):
+                    if line.strip():
+                        yield place, line
+        except OSError as error:
+            raise InputOutput(f"the data cannot be read: {error.strerror}", where=str(self.files[0])) from None
 
 
 def _parsed(number: int, place: int, line: bytes) -> Row:
@@ -118,10 +122,21 @@ class Parquet:
         """The rows in order."""
         number = 0
         for path in self.files:
-            for batch in self._file(path).iter_batches(batch_size=1024):
-                for fields in batch.to_pylist():
-                    yield Row(number, fields)
-                    number += 1
+            for fields in self._rows(path):
+                yield Row(number, fields)
+                number += 1
+
+    def _rows(self, path: Path) -> Iterator[dict[str, Any]]:
+        batches = self._file(path).iter_batches(batch_size=1024)
+        while True:
+            try:
+                batch = next(batches, None)
+                rows = [] if batch is None else batch.to_pylist()
+            except (OSError, ValueError) as error:
+                raise BadInput(f"not a readable Parquet file: {error}", where=str(path)) from None
+            if batch is None:
+                return
+            yield from rows
 
 
 class Dataset:

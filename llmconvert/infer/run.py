@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmconvert.errors import Usage
+from llmconvert.errors import BadInput, InputOutput, LlmconvertError, Usage
 from llmconvert.infer.batches import batches
-from llmconvert.infer.engines import Copy, choose
-from llmconvert.infer.fingerprint import data_hash, model_hash
+from llmconvert.infer.dtypes import stored_dtype
+from llmconvert.infer.engines import CHECKED, Copy, choose
+from llmconvert.infer.fingerprint import Unchanged, data_hash, model_hash
 from llmconvert.infer.merge import merge
 from llmconvert.infer.pool import Pool, Tally
 from llmconvert.infer.progress import Progress, rate_of
 from llmconvert.infer.rows import BadRow, Fields, Prompt, Source, open_source
 from llmconvert.infer.sampling import Sampling
-from llmconvert.infer.store import Answer, Log, Store, work_directory
+from llmconvert.infer.store import Answer, Log, Merged, Store, record_file, work_directory
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-_ROWS = {"vllm": 512, "accelerator": 128, "cpu": 16}
+_ROWS = {"accelerator": 128, "cpu": 16}
 """Rows of a batch where the user says nothing; transformers cuts it further where memory is short."""
+_PORTION, _WHOLE_PORTION = 64, 512
+"""Most rows handed at a time to an engine that takes more while it works on them, and to one that does not (on Ray)."""
 _STABLE = (
     "the same bytes for any number of workers (of one kind of device, threads alike) and after any kill, unless memory ran"
     " out; equal to `generate` one row at a time but where two tokens are within rounding of each other"
@@ -54,6 +58,7 @@ class Summary:
         workers: what each worker did in this run.
         first_error: one of the errors.
         guarantee: what may be relied upon.
+        already_finished: whether an earlier run had made the output, so that nothing was done.
     """
 
     output: str
@@ -71,6 +76,7 @@ class Summary:
     workers: list[Tally]
     first_error: str | None
     guarantee: str
+    already_finished: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
@@ -105,8 +111,9 @@ class Infer:
         seed: of sampling; each row has random numbers of its own.
         batch_size: most rows of a batch; worked out if absent.
         dtype: auto (as stored), float32, bfloat16, float16, float64.
+        engine_args: options of the engine's own: keyword arguments of vLLM's `LLM`, or of transformers' `from_pretrained`.
         split: of a dataset.
-        resume: go on with an unfinished run.
+        resume: go on with an unfinished run; do nothing where it is finished.
         overwrite: replace the output, and discard an unfinished run.
         progress: shows how far it is; nothing if absent.
     """
@@ -129,6 +136,7 @@ class Infer:
     seed: int = 0
     batch_size: int | None = None
     dtype: str = "auto"
+    engine_args: Mapping[str, Any] = field(default_factory=dict)
     split: str = "train"
     resume: bool = False
     overwrite: bool = False
@@ -152,14 +160,23 @@ class Infer:
         Raises:
             LlmconvertError: with what is done kept for `resume`, but for errors of usage.
         """
-        began = time.monotonic()
+        try:
+            return self._open_and_run(time.monotonic())
+        except OSError as error:
+            raise InputOutput(
+                f"the system refuses: {error.strerror or error}",
+                where=str(error.filename or self.output_path),
+                hint="what is done is kept: repeat with `--resume` once the cause is gone",
+            ) from error
+
+    def _open_and_run(self, began: float) -> Summary:
         self.stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         self.devices = self.devices.split(",") if isinstance(self.devices, str) else self.devices
         self._check()
         output = Path(self.output_path)
         source = open_source(str(self.data_path), self.split)
         self._check_names(source)
-        model = _model_directory(str(self.model_path))
+        model = _model_directory(str(self.model_path)).absolute()  # workers are in another directory
         on_ray = self.engine == "ray" or self.engine.startswith("ray:")
         if on_ray:
             from llmconvert.infer.ray_data import RayCopies
@@ -174,42 +191,86 @@ class Infer:
         on_cpu = devices[0][0] == "cpu"
         wanted = self.engine if ray is None else self.engine.partition(":")[2] or "auto"
         engine, reason = choose(wanted, accelerators=not on_cpu)
-        rows = self.batch_size or _ROWS["vllm" if engine == "vllm" else "cpu" if on_cpu else "accelerator"]
-        copies = [
-            Copy(engine, str(model), own, len(devices), self.dtype, self.batch_size, self.sampling) for own in devices
-        ]
         name = engine if ray is None else f"ray:{engine}"
-        self.progress.say(f"engine: {name} ({reason}), {len(copies)} copies, each on {', '.join(devices[0])}")
-        sampling = {**asdict(self.sampling), "stop": list(self.sampling.stop)}
-        fingerprint = {
-            "format": 1, "model": model_hash(model), "data": data_hash(source.files), "sampling": sampling,
-            "fields": asdict(self.fields), "engine": engine, "dtype": self.dtype, "batch size": rows,
-        }  # fmt: skip
-        store = Store(output, fingerprint, resume=self.resume, overwrite=self.overwrite)
+        dtype, whence = stored_dtype(model) if self.dtype == "auto" else (self.dtype, "asked for")
+        copies = [
+            Copy(engine, str(model), own, len(devices), dtype, self.batch_size, self.sampling, dict(self.engine_args))
+            for own in devices
+        ]
+        rows = self.batch_size or _ROWS["cpu" if on_cpu else "accelerator"]
+        unchanged = Unchanged(source.files)
+        # What vLLM is handed at a time decides nothing, and may be another in the run that resumes.
+        fingerprint = self._fingerprint(source, model, engine, dtype, self.batch_size if engine == "vllm" else rows)
+        total = source.count()
+        store = Store(output, fingerprint, total, resume=self.resume, overwrite=self.overwrite)
         try:
-            total = source.count()
-            reader = _Reader(source, self.fields, store)
             before = store.count()
-            self.progress.start(total, before)
+            if engine == "vllm":
+                rows = _portion(total - before, len(copies), _PORTION if ray is None else _WHOLE_PORTION)
+                rows = min(rows, self.batch_size or rows)
 
-            def report(tallies: list[Tally]) -> None:
-                self.progress.update(tallies, reader.faults)
+            def summary(merged: Merged, resumed: int, tallies: list[Tally]) -> Summary:
+                return Summary(
+                    str(output), merged.rows, merged.errors, resumed, merged.tokens, sum(tally.tokens for tally in tallies),
+                    time.monotonic() - began, name, reason, dtype, rows, devices, tallies, merged.first_error,
+                    _UNSTABLE if engine == "vllm" else _STABLE if engine == "hf" else _FOREIGN, store.finished is not None,
+                )  # fmt: skip
 
-            queue = batches(reader, rows, store.is_done)
-            if ray is not None:
-                tallies = ray.run(copies, store, queue, report)
-            else:
-                tallies = Pool(copies, store, threads(len(copies)), report).run(queue)
-            merged = merge(source, store.logs(), self.fields, store.path / "merged", output)
-            store.discard()
+            if store.finished is not None:
+                self.progress.say("the run is finished already: nothing to do")
+                return summary(store.finished, store.finished.rows, [Tally() for _ in copies])
+            on = ", ".join(devices[0])
+            self.progress.say(f"engine: {name} ({reason}), {len(copies)} copies, each on {on}, dtype {dtype} ({whence})")
+            if store.damaged:
+                self.progress.say(f"{store.damaged} damaged answers of earlier runs are left out: their rows are answered again")
+            tallies = self._answer(source, total, rows, copies, store, ray)
+            merged = merge(source, store, self.fields)
+            self._check_unchanged(source, model, unchanged, fingerprint)
+            store.publish(merged)
+            return summary(merged, before, tallies)
+        except (LlmconvertError, OSError) as error:
+            # It may name a worker's last words.
+            if not isinstance(error, LlmconvertError) or str(store.path) not in f"{error.where} {error.hint}":
+                store.discard_if_empty()
+            raise
         finally:
             self.progress.stop()
             store.close()
-        return Summary(
-            str(output), merged.rows, merged.errors, before, merged.tokens, sum(tally.tokens for tally in tallies),
-            time.monotonic() - began, name, reason, self.dtype, rows, devices, tallies, merged.first_error,
-            _UNSTABLE if engine == "vllm" else _STABLE if engine == "hf" else _FOREIGN,
-        )  # fmt: skip
+
+    def _fingerprint(
+        self, source: Source, model: Path, engine: str, dtype: str, batch_size: int | None
+    ) -> dict[str, Any]:
+        fingerprint = {
+            "format": 2, "model": model_hash(model), "data": data_hash(source.files),
+            "sampling": {**asdict(self.sampling), "stop": list(self.sampling.stop)}, "fields": asdict(self.fields),
+            "engine": engine, "engine options": dict(self.engine_args), "dtype": dtype, "batch size": batch_size,
+        }  # fmt: skip
+        found: dict[str, Any] = json.loads(json.dumps(fingerprint, default=str))  # as it will be read again
+        return found
+
+    def _answer(
+        self, source: Source, total: int, rows: int, copies: list[Copy], store: Store, ray: Any
+    ) -> list[Tally]:
+        before = store.count()
+        reader = _Reader(source, total, self.fields, store)
+        self.progress.start(total, before)
+
+        def report(tallies: list[Tally]) -> None:
+            self.progress.update(tallies, reader.faults)
+
+        queue = batches(reader, rows, store.is_done)
+        if ray is not None:
+            found: list[Tally] = ray.run(copies, store, queue, report)
+            return found
+        pool = Pool(copies, store, total - before, threads(len(copies)), report)
+        return pool.run(queue, check=copies[0].engine in CHECKED)
+
+    def _check_unchanged(self, source: Source, model: Path, unchanged: Unchanged, fingerprint: dict[str, Any]) -> None:
+        hint = "keep it as it is while it is worked on, and start anew with `--overwrite`"
+        if not unchanged.still() and data_hash(source.files) != fingerprint["data"]:
+            raise BadInput("the data changed while its rows were answered", where=str(self.data_path), hint=hint)
+        if model_hash(model) != fingerprint["model"]:
+            raise BadInput("the model changed while it was at work", where=str(model), hint=hint)
 
     def _check(self) -> None:
         output, data = Path(self.output_path), Path(self.data_path)
@@ -228,8 +289,9 @@ class Infer:
             raise Usage("the output is written as JSONL only", where=str(output), hint="name it `.jsonl`")
         if data.exists() and output.exists() and output.samefile(data):
             raise Usage("the output is the data", where=str(output), hint="name another file")
-        unfinished = work_directory(output).exists()  # a run killed after its last step but one is finished by `resume`
-        if output.exists() and not self.overwrite and not (self.resume and unfinished):
+        # A run killed after its last step but one is finished by `resume`; one that is finished is left alone.
+        known = self.resume and (work_directory(output).exists() or record_file(output).exists())
+        if output.exists() and not self.overwrite and not known:
             raise Usage("the output exists", where=str(output), hint="name another file, or add `--overwrite`")
 
     def _check_names(self, source: Source) -> None:
@@ -246,14 +308,16 @@ class Infer:
 class _Reader:
     """The rows' prompts; rows without are recorded as errors on the way."""
 
-    def __init__(self, source: Source, fields: Fields, store: Store) -> None:
-        self._source, self._fields, self._store = source, fields, store
+    def __init__(self, source: Source, total: int, fields: Fields, store: Store) -> None:
+        self._source, self._total, self._fields, self._store = source, total, fields, store
         self._log: Log | None = None
         self.faults = 0
 
     def __iter__(self) -> Iterator[tuple[int, Prompt]]:
         try:
             for row in self._source:
+                if row.number >= self._total:
+                    raise BadInput("the data grew while it was read", where=", ".join(map(str, self._source.files)))
                 try:
                     yield row.number, self._fields.prompt_of(row)
                 except BadRow as error:
@@ -266,7 +330,7 @@ class _Reader:
         if self._store.is_done(row):
             return
         if self._log is None:
-            self._log = Log(self._store.new_log())
+            self._log = self._store.new_log()
         self._log.append([Answer(row, error=error)])
         self._store.mark(row)
         self.faults += 1
@@ -278,6 +342,11 @@ def _model_directory(model: str) -> Path:
     from llmconvert.checkpoint.hub import download
 
     return download(model)
+
+
+def _portion(rows: int, workers: int, most: int) -> int:
+    """Rows handed to a worker at a time, so that few rows are not all with one worker while others load."""
+    return max(1, min(most, -(-rows // (4 * workers))))
 
 
 def threads(copies: int) -> int:

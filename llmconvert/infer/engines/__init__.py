@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from llmconvert.errors import Usage
 from llmconvert.infer.rows import Prompt
@@ -17,6 +17,8 @@ _ENGINES = {
     "hf": ("llmconvert.infer.engines.hf", "HuggingFace"),
     "vllm": ("llmconvert.infer.engines.vllm", "Vllm"),
 }
+CHECKED = frozenset({"vllm"})
+"""Engines whose class has a static method `check(copy)`, which says early what their slow loading would say late."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,10 @@ class Copy:
         model: the checkpoint's directory.
         devices: what it may use, such as `cuda:0`, or `cpu`.
         copies: how many copies there are on this machine, who share its memory.
-        dtype: what it computes in, as torch names it; `auto` for as stored.
+        dtype: what it computes in, as torch names it; `auto` where the checkpoint does not say what it is stored in.
         batch_rows: most rows of a batch; None for as many as memory holds.
         sampling: how tokens are chosen.
+        options: of the engine's own, as the user named them.
     """
 
     engine: str
@@ -40,6 +43,7 @@ class Copy:
     dtype: str
     batch_rows: int | None
     sampling: Sampling
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -59,19 +63,77 @@ class Engine(Protocol):
         ...
 
 
+class Streaming(Engine, Protocol):
+    """An engine that can be given rows while it is at work on others.
+
+    Attributes:
+        ahead: most rows it can make use of at a time.
+        busy: whether it is at work on any.
+    """
+
+    ahead: int
+
+    @property
+    def busy(self) -> bool:
+        """Whether rows have no answer yet."""
+        ...
+
+    def add(self, items: Sequence[tuple[int, Prompt]]) -> list[Answer]:
+        """Take rows up; returned are answers that need no work."""
+        ...
+
+    def step(self) -> list[Answer]:
+        """Work for a moment; returned are answers to rows that are finished now."""
+        ...
+
+
+def _class_of(copy: Copy) -> Any:
+    module, name = _ENGINES.get(copy.engine) or copy.engine.split(":", 1)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        hint = None if copy.engine in _ENGINES else "name the directory of its module in PYTHONPATH"
+        raise Usage(f"the engine `{copy.engine}` cannot be imported: {error}", hint=hint) from None
+
+
 def build(copy: Copy) -> Engine:
     """Load one copy of the model.
 
     Raises:
         LlmconvertError: it cannot be loaded, or what is needed is not installed.
     """
-    module, name = _ENGINES.get(copy.engine) or copy.engine.split(":", 1)
-    try:
-        made = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise Usage(f"the engine `{copy.engine}` cannot be imported: {error}") from None
-    engine: Engine = made(copy)
+    engine: Engine = _class_of(copy)(copy)
     return engine
+
+
+def check(copy: Copy) -> None:
+    """Find out, without loading the model, what keeps a copy of one of the `CHECKED` engines from being loaded.
+
+    Raises:
+        LlmconvertError: something does.
+    """
+    _class_of(copy).check(copy)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in a line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def refuse_own_options(copy: Copy, own: Mapping[str, str]) -> None:
+    """Refuse options that are decided elsewhere.
+
+    Args:
+        copy: what the user wants.
+        own: for each such option, where it is decided.
+
+    Raises:
+        Usage: the user named one.
+    """
+    for name in copy.options:
+        if name in own:
+            raise Usage(f"`{name}` is no option to set by --engine-arg", hint=own[name])
+
 
 
 def choose(wanted: str, *, accelerators: bool) -> tuple[str, str]:

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmconvert.errors import BadInput, LlmconvertError, Refused
-from llmconvert.infer.engines import Copy
+from llmconvert.errors import BadInput, LlmconvertError, Refused, Usage
+from llmconvert.infer.engines import Copy, first_line, refuse_own_options
 from llmconvert.infer.engines.decoding import Draw, Halt, cut_at_stop, decode
 from llmconvert.infer.engines.encode import context_length, encode, load_tokenizer
 from llmconvert.infer.engines.memory import token_budget
@@ -209,10 +209,22 @@ class HuggingFace:
 _WARPERS = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
+_OWN = {
+    "dtype": "use `--dtype`",
+    "torch_dtype": "use `--dtype`",
+    "device_map": "use `--devices` and `--num-workers`",
+    "max_memory": "use `--devices` and `--num-workers`",
+    "trust_remote_code": "code of a checkpoint is never run",
+    "weights_only": "code of a checkpoint is never run",
+    "local_files_only": "the model is on this machine by then",
+}
+
+
 def _load(copy: Copy) -> Any:
     import torch
     import transformers
 
+    refuse_own_options(copy, _OWN)
     register()  # the canonical class
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     dtype: Any = "auto" if copy.dtype == "auto" else getattr(torch, copy.dtype)
@@ -224,14 +236,19 @@ def _load(copy: Copy) -> Any:
         options |= {"device_map": "balanced", "max_memory": {number: int(0.9 * free[number]) for number in numbers}}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            copy.model, local_files_only=True, trust_remote_code=False, **options
+            copy.model, local_files_only=True, trust_remote_code=False, **options, **copy.options
         )
         if len(copy.devices) == 1:
             model = model.to(copy.devices[0])
+    except TypeError as error:
+        if not copy.options:
+            raise BadInput(f"the model cannot be loaded: {first_line(error)}", where=copy.model) from None
+        raise Usage(
+            f"transformers does not take these options: {first_line(error)}", hint="leave out `--engine-arg`, or correct it"
+        ) from None
     except (ValueError, KeyError, ImportError) as error:
-        first = (str(error) or type(error).__name__).splitlines()[0]
         raise Refused(
-            f"transformers cannot load the model: {first}",
+            f"transformers cannot load the model: {first_line(error)}",
             where=copy.model,
             hint="if it needs code of its own, convert it first: `llmconvert convert SRC DST --to llama`",
         ) from None
@@ -241,7 +258,7 @@ def _load(copy: Copy) -> Any:
         if _out_of_memory(error):
             hint = "give each copy more devices: fewer `--num-workers`, or more `--devices`"
             raise Refused("the model does not fit its devices", where=", ".join(copy.devices), hint=hint) from None
-        raise BadInput(f"the model cannot be loaded: {error}", where=copy.model) from None
+        raise BadInput(f"the model cannot be loaded: {first_line(error)}", where=copy.model) from None
     return model.eval()
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 _SHARE = 0.6
 """Of what the weights leave free. The rest is for activations, fragments, and a cache that grows by copying."""
+_LEAST, _MOST = 1 << 26, 1 << 34
+"""A processor gains nothing from more rows at a time than these bytes hold."""
 
 
 def host_memory() -> int:
@@ -19,6 +21,16 @@ def host_memory() -> int:
         with contextlib.suppress(OSError, ValueError):
             total = min(total, int(Path(limit).read_text()))
     return total
+
+
+def share_of_host(weights: int, copies: int) -> int:
+    """Bytes of this machine's memory for the keys and values of one of several copies.
+
+    Args:
+        weights: bytes of one copy's.
+        copies: how many share the memory.
+    """
+    return min(_MOST, max(_LEAST, int(_SHARE * (host_memory() // (2 * copies) - weights))))
 
 
 def cache_bytes(config: Any, itemsize: int) -> int:
