@@ -197,7 +197,7 @@ def test_plots_and_what_cannot_be_read(tmp_path: Path) -> None:
     cases += [
         (lambda: read_curves(tmp_path / "empty"), BadInput, "no logs"),
         (lambda: read_curves(tmp_path / "plain"), BadInput, "no `loss/<channel>`"),
-        (lambda: read_curves(tmp_path / "bad"), BadInput, "not a trainer_state"),
+        (lambda: read_curves(tmp_path / "bad"), BadInput, "not a JSON object"),
     ]
     for call, error, match in cases:
         with pytest.raises(error, match=match):

@@ -13,6 +13,7 @@ import llmconvert
 from llmconvert.checkpoint.directory import open_checkpoint, read_json
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
 from llmconvert.engine.plan import Plan
+from llmconvert.engine.recorded import check_manifest
 from llmconvert.errors import BadInput, Usage
 from llmconvert.tensors.evaluate import MOVE_BYTES, Reader
 
@@ -66,8 +67,16 @@ def build(plan: Plan, checksums: Mapping[str, str], digests: Mapping[str, str]) 
 
 
 def read(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a directory llmconvert wrote, or None."""
-    return read_json(directory / MANIFEST) if (directory / MANIFEST).is_file() else None
+    """The manifest of a directory llmconvert wrote, or None.
+
+    Raises:
+        BadInput: it is not JSON, or says what llmconvert does not write.
+    """
+    if not (directory / MANIFEST).exists():
+        return None
+    found = read_json(directory / MANIFEST)
+    check_manifest(found, str(directory / MANIFEST))
+    return found
 
 
 def check(directory: Path) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmconvert.checkpoint.dtypes import ITEMSIZE, TO_NAME, carrier
+from llmconvert.checkpoint.files import open_descriptor
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.errors import BadInput, Refused
 from llmconvert.tensors.expressions import (
@@ -65,7 +66,7 @@ class Reader:
         """The file descriptor for `path`, opened once."""
         with self._lock:
             if path not in self._descriptors:
-                self._descriptors[path] = os.open(path, os.O_RDONLY)
+                self._descriptors[path] = open_descriptor(path)
             return self._descriptors[path]
 
     def read_into(self, tensor: StoredTensor, buffer: memoryview, offset: int) -> None:
