@@ -335,7 +335,8 @@ HEADERS = [
     '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, NaN]}}', '{"a": {"dtype": "F32", "shape": [1], "data_offsets": "04"}}',
     '{"a": {"dtype": "F32", "shape": [' + "9" * 4300 + '], "data_offsets": [0, 4]}}', '{"a": [1], "b": 2}', '{"a": null}',
     '{"a": {"dtype": "F32", "shape": [18446744073709551616, 0], "data_offsets": [0, 4]}}', '{"__metadata__": 5}', '["a"]',
-    '{"__metadata__": {"a": 1}}', '{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "[" * 100_000, "{" * 9,
+    '{"__metadata__": {"a": 1}}',
+ '{"\\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "[" * 100_000, "{" * 9,
 ]  # fmt: skip
 
 
@@ -427,6 +428,15 @@ def test_senseless_arguments_are_bad_input(key: str, value: Any, copy: Callable[
     assert found == "BadInput" and (key in message or "2,000,000,000 ranks" in message), message
 
 
+def test_arguments_that_are_not_json_are_left_out(copy: Callable[[str], Path]) -> None:
+    ranks = copy("ranks")
+    odd = {"a": [torch.float32], "b": [{(1, 2): 3}], "c": 1 << 900, "d": b"x", "e": {"f": 1}, 5: 6}
+    _edit_args(ranks, lambda args: args.update({**odd, "kept": [1, ["x", None]], "name": "ä"}))  # type: ignore[arg-type]
+    found = open_megatron(ranks).args
+    assert not {*odd} & {*found} and found["kept"] == [1, ["x", None]] and found["name"] == "ä"
+    json.dumps(found)
+
+
 @pytest.mark.parametrize("text", ["9" * 5000, "²", "١٢", "-1", "1.5", "release\0", "x" * 10_000_000, "../x"])
 def test_a_senseless_tracker_is_bad_input(text: str, copy: Callable[[str], Path]) -> None:
     ranks = copy("ranks")
@@ -456,6 +466,28 @@ def test_changed_arguments_are_refused_or_understood(
         return
 
 
+@OFTEN
+@given(data=st.data())
+def test_damaged_metadata_is_refused_or_leads_to_chunks(
+    data: st.DataObject, made: dict[str, Path], tmp_path: Path
+) -> None:
+    dist = tmp_path / "dist"
+    if not dist.exists():
+        shutil.copytree(made["dist"], dist)
+    raw = bytearray((made["dist"] / "release/.metadata").read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(raw) - 1))
+        width = data.draw(st.sampled_from([0, 0, 0, 1, 5, 40]))
+        raw[place : place + width + 1] = data.draw(st.binary(min_size=1 if width == 0 else 0, max_size=width + 1))
+    (dist / "release/.metadata").write_bytes(bytes(raw))
+    try:
+        found = open_megatron(dist)
+    except (BadInput, Refused):
+        return
+    for tensor in found.stored.values():
+        assert tensor.path.parent == dist / "release" and tensor.offset + tensor.nbytes <= tensor.path.stat().st_size
+
+
 STATES = [
     "[]", "{}", '{"global_step": "x", "log_history": []}', '{"global_step": 1, "log_history": {}}',
     '{"global_step": 1, "log_history": [5]}', '{"global_step": 1, "log_history": [{"step": "x", "loss": 1}]}',
@@ -483,7 +515,21 @@ def test_event_files_of_noise_are_bad_input(tmp_path: Path) -> None:
         read_curves(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["x" * 1001, "model.layers." + "9" * 5000 + ".mlp.up_proj.weight"])
+def test_a_name_nobody_gives_a_tensor_is_bad_input(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    raw = json.dumps({name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(4))
+    with pytest.raises(BadInput, match="malformed"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({name: torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(BadInput, match="not a tensor"):
+        open_checkpoint(tmp_path)
+
+
 def test_values_are_shown_short() -> None:
+    assert shown([{(1, 2): 3}, b"x"]) == '[{}, "bytes"]'
     assert shown(10**70) == "a number of more than 60 digits"
     assert len(shown("x" * 10**6)) < 100 and len(shown({"a": "x" * 10**6})) < 100
     assert shown([1] * 1000) == "a list of 1,000" and shown({"a": math.nan}) == '{"a": NaN}'

@@ -87,6 +87,17 @@ def _is_rotary(value: Any) -> bool:
 
 ROTARY = Kind("an object of rotary settings, each of its type", _is_rotary)
 
+_QUANTISATION = {
+    "quant_method": TEXT,
+    "weight_block_size": Kind(
+        "two sizes", lambda value: isinstance(value, list) and len(value) == 2 and all(map(SIZE.fits, value))
+    ),
+}
+QUANTISATION = Kind(
+    "an object of settings, each of its type",
+    lambda value: isinstance(value, dict) and not faults(value, _QUANTISATION),
+)
+
 CONFIG: dict[str, Kind] = {
     **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "ffn_hidden_size", "num_attention_heads", "n_head",
                      "num_key_value_heads", "multi_query_group_num", "vocab_size", "padded_vocab_size",
@@ -121,7 +132,8 @@ CONFIG: dict[str, Kind] = {
     **dict.fromkeys(("bos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"), TOKEN),
     "eos_token_id": TOKENS,
     "architectures": TEXTS,
-    **dict.fromkeys(("auto_map", "quantization_config", "text_config", "id2label", "label2id"), OBJECT),
+    "quantization_config": QUANTISATION,
+    **dict.fromkeys(("auto_map", "text_config", "id2label", "label2id"), OBJECT),
 }  # fmt: skip
 """config.json: what specs, reference models and transformers' own `PreTrainedConfig` read."""
 

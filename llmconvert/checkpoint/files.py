@@ -239,5 +239,5 @@ def shown(value: Any) -> str:
     elif isinstance(value, list | dict) and len(value) > _SHOWN:
         text = f"{'a list' if isinstance(value, list) else 'an object'} of {len(value):,}"
     else:
-        text = json.dumps(value, ensure_ascii=False, default=lambda other: type(other).__name__)
+        text = json.dumps(value, ensure_ascii=False, skipkeys=True, default=lambda other: type(other).__name__)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from llmconvert.checkpoint.config import ARGUMENTS, ITERATION, check
 from llmconvert.checkpoint.directory import listing
 from llmconvert.checkpoint.files import read_bytes, shown
-from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.checkpoint.stored import StoredTensor, is_name
 from llmconvert.checkpoint.torch_dist import METADATA, open_torch_dist
 from llmconvert.checkpoint.torch_pickle import Inert, read_object
 from llmconvert.errors import BadInput, Refused
@@ -343,9 +343,16 @@ def _plain(args: Any, path: Path) -> dict[str, Any]:
     state = args.state if isinstance(args, Inert) else args
     if not isinstance(state, dict):
         raise BadInput("`args` is not a Namespace", where=str(path))
-    plain = {key: value for key, value in state.items() if isinstance(value, bool | int | float | str | list | None)}
+    plain = {key: value for key, value in state.items() if isinstance(key, str) and _is_plain(value)}
     check(plain, ARGUMENTS, f"{path}, `args`")
     return plain
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be written as JSON and read again."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, float | str) or (isinstance(value, int) and value.bit_length() <= 200)
 
 
 def _named(model: Any, place: Place, path: Path) -> dict[str, tuple[Tile, ...]]:
@@ -357,7 +364,7 @@ def _named(model: Any, place: Place, path: Path) -> dict[str, tuple[Tile, ...]]:
         )
     found: dict[str, tuple[Tile, ...]] = {}
     for name, value in model.items():
-        if not isinstance(name, str):
+        if not is_name(name):
             raise BadInput("`model` is not a state dict", where=str(path))
         if isinstance(value, StoredTensor) and not name.endswith("_extra_state"):
             unique = f"{path.parent.name}/{place.vpp_chunk}/{name}"

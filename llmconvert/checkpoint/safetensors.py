@@ -15,7 +15,7 @@ from typing import Any
 
 from llmconvert.checkpoint.dtypes import ITEMSIZE
 from llmconvert.checkpoint.files import opened, shown, whole_number
-from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.checkpoint.stored import StoredTensor, is_name
 from llmconvert.errors import BadInput
 
 MAX_HEADER_BYTES = 100_000_000
@@ -107,7 +107,7 @@ def _is_description(value: Any) -> bool:
 
 def _entry(name: str, info: Any) -> tuple[str, tuple[int, ...], int, int] | None:
     """A tensor's dtype code, shape and place in the data; None where the header does not say them."""
-    if not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+    if not is_name(name) or not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
         return None
     dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
     if type(dtype) is not str or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from llmconvert.checkpoint.directory import read_json, stays_inside
 from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.checkpoint.files import read_bytes
-from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.checkpoint.stored import StoredTensor, is_name
 from llmconvert.checkpoint.torch_pickle import Inert, read_inert, read_object
 from llmconvert.checkpoint.torch_zip import Called, Global, Instance, Slot, lay_out_torch, pickled, torch_saved
 from llmconvert.errors import BadInput, Refused
@@ -114,6 +114,8 @@ def open_torch_dist(folder: Path, *, trust_pickle: bool = False) -> TorchDist:
         }
         tensors, objects, left_out = {}, [], 0
         for name, entry in described.items():
+            if not is_name(name):
+                raise ValueError("a name that is none")
             if "chunks" not in (entry.state or {}):
                 objects.append(name)
                 left_out += int(stored[name, None]["length"])

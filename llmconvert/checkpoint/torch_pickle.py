@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmconvert.checkpoint.dtypes import ITEMSIZE
-from llmconvert.checkpoint.files import opened
+from llmconvert.checkpoint.files import opened, shown
 from llmconvert.checkpoint.pickle_machine import Inert, Known, PickleError, load_pickle
-from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.checkpoint.stored import StoredTensor, is_name
 from llmconvert.checkpoint.zip_records import NotAnArchive, Record, read_records
 from llmconvert.errors import BadInput, Refused
 
@@ -272,7 +272,7 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
         raise BadInput("the file does not hold a state dict (a mapping of names to tensors)", where=where)
     tensors: dict[str, StoredTensor] = {}
     for name, value in state.items():
-        if not isinstance(value, StoredTensor) or not isinstance(name, str):
-            raise BadInput(f"entry `{name}` is not a tensor: not a plain state dict", where=where)
+        if not isinstance(value, StoredTensor) or not is_name(name):
+            raise BadInput(f"the entry {shown(name)} is not a tensor: not a plain state dict", where=where)
         tensors[name] = value._replace(name=name)
     return tensors

@@ -89,11 +89,15 @@ class Reading:
         """Keep them."""
         self.path, self._folder, self._read = folder / file, folder, read
 
-    def __call__(self, data: bytes) -> None:
+    def read(self, data: bytes) -> None:
         """Read with these bytes in the file's place."""
         self.path.write_bytes(data)
+        self._read(self._folder)
+
+    def __call__(self, data: bytes) -> None:
+        """The same; it may refuse."""
         with contextlib.suppress(*EXPECTED):
-            self._read(self._folder)
+            self.read(data)
 
 
 def _lifted(folder: Path) -> None:
