@@ -191,6 +191,7 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("rope_scaling", {"type": "llama3", "original_max_position_embeddings": 0.5}), ("rope_parameters", [1]),
     ("rope_parameters", {"rope_theta": [1]}), ("rope_parameters", {"full_attention": {"rope_theta": "x"}}),
     ("layer_types", "full_attention"), ("layer_types", [[]]), ("quantization_config", "fp8"), ("auto_map", ["x"]),
+    ("__class__", "x"), ("use_cache", "bfloat16"), ("pad_token_id", True), ("architectures", [["x"]]),
     ("id2label", 5), ("initializer_range", "0.02"), ("transformers_version", 5), ("sliding_window", "all"),
 ]  # fmt: skip
 
@@ -385,6 +386,8 @@ def test_a_changed_manifest_is_bad_input_or_without_harm(
 
 
 @pytest.mark.parametrize(("key", "value"), [
+    ("files", {"x": 5}), ("files", {"x": {"size": "1"}}), ("files", {"x": {"size": 1, "xxh3_128": 5}}), ("run", 5),
+    ("source_files", [1]),
     ("source", 5), ("source", []), ("tensors", []), ("tensors", {"a": 5}), ("tensors", {"a": {"file": "x"}}), ("steps", {}),
     ("dtype", []), ("source", {"spec": 5}), ("source", {"config": 5}), ("source", {"spec": "qwen2", "config": {"hidden_size": "x"}}),
     ("tensors", {"a": {"file": "x", "dtype": [], "shape": [1], "rows_per_checksum": 1, "checksums": ["x"]}}),

@@ -56,7 +56,7 @@ def _is_number(value: Any) -> bool:
 
 
 SIZE, COUNT, LAYERS, EXPERTS = _whole(1, MAX_SIZE), _whole(0, MAX_SIZE), _whole(1, MAX_LAYERS), _whole(0, MAX_EXPERTS)
-FURTHER = _whole(0, MAX_LAYERS)
+FURTHER, BYTES = _whole(0, MAX_LAYERS), _whole(0, (1 << 63) - 1)
 TOKEN = _whole(-MAX_SIZE, MAX_SIZE)
 TOKENS = _either(TOKEN, _list_of(TOKEN))
 NUMBER = Kind("a finite number", _is_number)
@@ -216,8 +216,14 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     """Check a config.json.
 
     Raises:
-        BadInput: a key has a value no model can have.
+        BadInput: a key has a value no model can have, or is Python's own.
     """
+    for key in config:
+        if key.startswith("__"):
+            # transformers makes an attribute of every key.
+            raise BadInput(
+                f"`{key[:60]}` is no setting of a model", where=where, hint="remove it from a copy of the file"
+            )
     check(config, CONFIG, where)
 
 
@@ -229,10 +235,10 @@ def read_config(directory: Path) -> dict[str, Any]:
             that cannot be meant; or something in the directory is no file.
         InputOutput: it cannot be read.
     """
-    check_directory(directory)
+    names = check_directory(directory)
     config = read_json(directory / "config.json")
     check_config(config, str(directory / "config.json"))
     for name, kinds in _BESIDE.items():
-        if (directory / name).exists():
+        if name in names:
             check(read_json(directory / name), kinds, str(directory / name))
     return config

@@ -93,10 +93,13 @@ def open_descriptor(path: Path, *, inside: Path | None = None) -> int:
     raise _special(path, kind)
 
 
-def check_directory(directory: Path) -> None:
+def check_directory(directory: Path) -> frozenset[str]:
     """Refuse a checkpoint's directory with something in it that waits, or has no end, when it is read.
 
     Libraries that are handed the directory open what they find there by name.
+
+    Returns:
+        The names of its entries.
 
     Raises:
         BadInput: naming the first such entry.
@@ -113,6 +116,7 @@ def check_directory(directory: Path) -> None:
             continue  # a link to nowhere
         if kind not in (stat.S_IFREG, stat.S_IFDIR):
             raise _special(directory / name, kind)
+    return frozenset(names)
 
 
 def _special(path: Path, kind: int) -> BadInput:

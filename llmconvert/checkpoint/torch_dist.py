@@ -8,6 +8,7 @@ a pickled `Metadata`; each item of a `.distcp` file is what `torch.save` writes 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -97,7 +98,7 @@ def open_torch_dist(folder: Path, *, trust_pickle: bool = False) -> TorchDist:
         BadInput: a file is missing, cut short or inconsistent.
         Refused: the backend is another, or a pickle names what is not known.
     """
-    if (folder / DESCRIPTION).exists():
+    if os.path.lexists(folder / DESCRIPTION):
         backend = read_json(folder / DESCRIPTION).get("sharded_backend")
         if backend != "torch_dist":
             raise Refused(f"the checkpoint's backend is `{backend}`, not torch_dist", where=str(folder))
@@ -133,7 +134,7 @@ def open_torch_dist(folder: Path, *, trust_pickle: bool = False) -> TorchDist:
         if sum(prod(chunk.stored.shape) for chunk in tensor.chunks) != prod(tensor.shape):
             raise BadInput(f"the chunks of `{name}` do not make up its shape {list(tensor.shape)}", where=where)
     common: Any = {}
-    if (folder / COMMON).exists():
+    if os.path.lexists(folder / COMMON):
         hint = "add `--trust-pickle` to read past it; it becomes an inert stand-in and is not run"
         common = read_object(folder / COMMON, inert="anything" if trust_pickle else "harmless", hint=hint)
     if not isinstance(common, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def read(directory: Path) -> dict[str, Any] | None:
     Raises:
         BadInput: it is not JSON, or says what llmconvert does not write.
     """
-    if not (directory / MANIFEST).exists():
+    if not os.path.lexists(directory / MANIFEST):
         return None
     found = read_json(directory / MANIFEST)
     check_manifest(found, str(directory / MANIFEST))

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmconvert.checkpoint.config import COUNT, OBJECT, SIZE, TEXT, TEXTS, Kind, check, check_config
+from llmconvert.checkpoint.config import BYTES, COUNT, OBJECT, SIZE, TEXT, TEXTS, Kind, check, check_config, faults
 from llmconvert.checkpoint.files import shown
 from llmconvert.errors import BadInput
 
+_FILE = {"size": BYTES, **dict.fromkeys(("xxh3_128", "outside_tensors_xxh3_128", "tensors_xxh3_128"), TEXT)}
+_FILES = Kind(
+    "an object of sizes and digests",
+    lambda value: (
+        isinstance(value, dict) and all(OBJECT.fits(entry) and not faults(entry, _FILE) for entry in value.values())
+    ),
+)
 _TOP = {
-    "llmconvert": TEXT, "dtype": TEXT, "checksum": TEXT,
-    **dict.fromkeys(("source", "target", "tensors", "source_files", "dropped"), OBJECT),
+    "llmconvert": TEXT, "run": TEXT, "files": _FILES, "source_files": _FILES, "dtype": TEXT, "checksum": TEXT,
+    **dict.fromkeys(("source", "target", "tensors", "dropped"), OBJECT),
     "steps": Kind("a list of objects", lambda value: isinstance(value, list) and all(map(OBJECT.fits, value))),
 }  # fmt: skip
 _SOURCE = {
