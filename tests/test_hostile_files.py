@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import archives
 import bounded
 import checkpoints
 import mutations
@@ -114,6 +115,17 @@ def test_nothing_in_a_checkpoint_waits(file: str, copy: Callable[[str], Path]) -
     _fifo(directory / file)
     for run in (lambda: inspect(directory), lambda: compare_logits(directory, directory, device="cpu")):
         assert bounded.run(run)[0] == "BadInput"
+
+
+@pytest.mark.parametrize("pickled", [
+    b"\x80\x02}(" + b")q\0" + b"".join(b"h%ch%c\x86q%c" % (k, k, k + 1) for k in range(60)) + b"Nu.",
+    b"\x80\x02Nr\xff\xff\xff\xff.", b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
+], ids=["hash", "memo", "depth"])  # fmt: skip
+def test_no_pickle_reaches_a_library_unseen(pickled: bytes, copy: Callable[[str], Path]) -> None:
+    directory = copy("bin")
+    archives.write(directory / "pytorch_model-00002-of-00003.bin", pickled)
+    found, message = bounded.run(lambda: compare_logits(directory, directory, device="cpu"))
+    assert found == "BadInput" and "pickle" in message
 
 
 @pytest.mark.parametrize("file", ["config.json", INDEX, SHARD, "tokenizer_config.json"])

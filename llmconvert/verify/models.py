@@ -121,20 +121,29 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_weights(directory: Path) -> list[Path]:
-    """The files of `weight_files`, seen to be what they should, for libraries that open whatever they are given.
+    """The files of `weight_files`, each seen to be what it should.
 
     Raises:
-        BadInput: a file is missing, lies elsewhere, or is damaged.
-        Refused: a pickle asks for what could run code.
+        LlmconvertError: as `check_file`.
     """
     paths = weight_files(directory)
     for path in paths:
-        check_inside(directory, path)
-        if path.suffix == ".safetensors":
-            read_header(path)
-        else:
-            read_pickle(path)
+        check_file(directory, path)
     return paths
+
+
+def check_file(directory: Path, path: Path) -> None:
+    """Check a file of weights before a library is told to open it, which would wait for a FIFO or fill memory.
+
+    Raises:
+        BadInput: it is missing, lies elsewhere, or is damaged.
+        Refused: a pickle asks for what could run code.
+    """
+    check_inside(directory, path)
+    if path.suffix == ".safetensors":
+        read_header(path)
+    else:
+        read_pickle(path)
 
 
 def config_of(directory: Path) -> dict[str, Any]:
