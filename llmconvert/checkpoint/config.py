@@ -140,7 +140,7 @@ CONFIG: dict[str, Kind] = {
 GENERATION: dict[str, Kind] = {
     **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN),
     **dict.fromkeys(("eos_token_id", "decoder_start_token_id"), TOKENS),
-    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "top_k", "num_beams"), COUNT),
+    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "top_k", "num_beams"), AMOUNT),
     **dict.fromkeys(("temperature", "top_p", "repetition_penalty"), NUMBER),
     **dict.fromkeys(("do_sample", "use_cache"), FLAG),
 }
