@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -364,6 +365,13 @@ def _crc(saved: bytes) -> int:
 
     with zipfile.ZipFile(io.BytesIO(saved)) as found:
         return found.getinfo("archive/data.pkl").CRC
+
+
+def test_a_file_that_comes_in_pieces_is_read(saved: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.bin").write_bytes(saved)
+    whole, pread = read_pickle(tmp_path / "x.bin"), os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, size, offset: pread(descriptor, min(size, 7), offset))
+    assert read_pickle(tmp_path / "x.bin") == whole
 
 
 def test_no_stump_of_a_file_is_read(saved: bytes, tmp_path: Path) -> None:

@@ -134,6 +134,17 @@ def opened(path: Path, *, inside: Path | None = None) -> Iterator[BinaryIO]:
             raise InputOutput(f"cannot read the file: {error.strerror}", where=str(path)) from None
 
 
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """Bytes of an open file from a place on, fewer only where the file ends: a system may give them in pieces."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
 def read_bytes(path: Path, limit: int, *, inside: Path | None = None) -> bytes:
     """A whole file of at most `limit` bytes.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmconvert.checkpoint.dtypes import ITEMSIZE
-from llmconvert.checkpoint.files import opened, shown
+from llmconvert.checkpoint.files import opened, read_at, shown
 from llmconvert.checkpoint.pickle_machine import Inert, Known, PickleError, load_pickle
 from llmconvert.checkpoint.stored import StoredTensor, is_name
 from llmconvert.checkpoint.zip_records import NotAnArchive, Record, read_records
@@ -228,7 +228,7 @@ def read_object(path: Path, *, inert: str = "nothing", hint: str = _SAFE, window
                 raise NotAnArchive
             records = read_records(file, start, length)
         except NotAnArchive:
-            if os.pread(file.fileno(), 1, max(0, min(start, size))) == b"\x80":
+            if read_at(file.fileno(), 1, max(0, min(start, size))) == b"\x80":
                 raise Refused(
                     "the file is in torch's format from before 1.6, which is not read",
                     where=where,
@@ -242,7 +242,7 @@ def read_object(path: Path, *, inert: str = "nothing", hint: str = _SAFE, window
         record, order = records.get("data.pkl"), records.get("byteorder")
         if record is None:
             raise BadInput("the archive holds no `data.pkl`: not a file written by torch.save", where=where)
-        if order is not None and os.pread(file.fileno(), min(order.size, 16), order.offset) != b"little":
+        if order is not None and read_at(file.fileno(), min(order.size, 16), order.offset) != b"little":
             raise Refused("the tensors are stored big-endian", where=where)
         if not record.stored:
             raise _compressed("data.pkl", path)

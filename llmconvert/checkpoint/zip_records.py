@@ -7,9 +7,10 @@ two ways is refused here. Format: PKWARE's APPNOTE 6.3.
 
 from __future__ import annotations
 
-import os
 import struct
 from typing import BinaryIO, NamedTuple
+
+from llmconvert.checkpoint.files import read_at
 
 _END, _END64, _LOCATOR = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 _ENTRY, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
@@ -54,7 +55,7 @@ def read_records(file: BinaryIO, start: int, length: int) -> dict[str, Record]:
     """
     descriptor = file.fileno()
     begin, size, count = _directory_place(descriptor, start, length)
-    directory = os.pread(descriptor, size, start + begin)
+    directory = read_at(descriptor, size, start + begin)
     records: dict[str, Record] = {}
     seen: set[str] = set()
     root: str | None = None
@@ -101,19 +102,19 @@ def read_records(file: BinaryIO, start: int, length: int) -> dict[str, Record]:
 def _directory_place(descriptor: int, start: int, length: int) -> tuple[int, int, int]:
     """Where the directory begins in the archive, its size, and the number of its entries."""
     place = length - _END.size
-    tail = os.pread(descriptor, _END.size, start + place) if place >= 0 else b""
+    tail = read_at(descriptor, _END.size, start + place) if place >= 0 else b""
     if len(tail) < _END.size or not tail.startswith(b"PK\5\6") or tail[-2:] != b"\0\0":
         raise NotAnArchive("its end is not that of an archive")
     _, disk, first_disk, here, count, size, begin, _ = _END.unpack(tail)
     if disk not in (0, _SMALL) or first_disk not in (0, _SMALL) or here != count:
         raise ValueError("the archive is in several parts")
     end = place
-    locator = os.pread(descriptor, _LOCATOR.size, start + place - _LOCATOR.size) if place >= _LOCATOR.size else b""
+    locator = read_at(descriptor, _LOCATOR.size, start + place - _LOCATOR.size) if place >= _LOCATOR.size else b""
     if locator.startswith(b"PK\6\7"):
         _, disk, end, _ = _LOCATOR.unpack(locator)
         if disk or end + _END64.size != place - _LOCATOR.size:
             raise NotAnArchive("its end is damaged")
-        wide = os.pread(descriptor, _END64.size, start + end)
+        wide = read_at(descriptor, _END64.size, start + end)
         if len(wide) < _END64.size or not wide.startswith(b"PK\6\6"):
             raise NotAnArchive("its end is damaged")
         _, _, _, _, disk, first_disk, here, count64, size64, begin64 = _END64.unpack(wide)
@@ -153,7 +154,7 @@ def _data_place(descriptor: int, start: int, header: int, name: bytes, end: int)
     """Where a record's data begin in the archive: behind its own header, which pads as it likes."""
     if header + _LOCAL.size > end:
         raise NotAnArchive("a record is cut short")
-    local = os.pread(descriptor, _LOCAL.size + len(name), start + header)
+    local = read_at(descriptor, _LOCAL.size + len(name), start + header)
     if len(local) < _LOCAL.size + len(name) or not local.startswith(b"PK\3\4"):
         raise NotAnArchive("a record is damaged")
     name_size, extra_size = struct.unpack_from("<HH", local, 26)
