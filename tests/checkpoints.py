@@ -173,7 +173,8 @@ def randomise(model: nn.Module, seed: int) -> None:
                 parameter.add_(1.0)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
-                buffer.normal_(0.0, 0.2, generator=generator)
+                # Not so negative that the published code and transformers choose from different groups.
+                buffer.uniform_(-0.2, 0.4, generator=generator)
 
 
 def with_further_tokens(state: dict[str, torch.Tensor], layers: int, seed: int = 0) -> dict[str, torch.Tensor]:

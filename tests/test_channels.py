@@ -66,6 +66,23 @@ def test_parquet_keeps_types_and_row_groups(tmp_path: Path) -> None:
     assert parquet.ParquetFile(tmp_path / "b.parquet").num_row_groups == 3
 
 
+@pytest.mark.parametrize("described", [b"{", b"[1]", b'{"info": 5}', b'{"info": {"features": []}}', b"[" * 100_000])
+def test_a_description_of_columns_that_is_none_is_left_alone(described: bytes, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    def assigned(text: bytes) -> bytes:
+        table = pyarrow.table({"text": ["a"]}).replace_schema_metadata({b"huggingface": text})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        assign(tmp_path / "a.parquet", tmp_path / "b.parquet", Rule(("x",)), overwrite=True)
+        found = parquet.read_table(tmp_path / "b.parquet")
+        assert found["channel"].to_pylist() == ["x"]
+        return found.schema.metadata[b"huggingface"]
+
+    assert assigned(described) == described
+    assert "channel" in json.loads(assigned(b'{"info": {"features": {}}}'))["info"]["features"]
+
+
 @pytest.mark.parametrize(("rule", "rows", "error", "match"), [
     (lambda: Rule(), ROWS, Usage, "not clear"), (lambda: Rule(("a",), by_file=True), ROWS, Usage, "not clear"),
     (lambda: Rule(("a", "")), ROWS, Usage, "no name"), (lambda: Rule(field="source"), ROWS, BadInput, "no text or number"),
@@ -197,7 +214,7 @@ def test_plots_and_what_cannot_be_read(tmp_path: Path) -> None:
     cases += [
         (lambda: read_curves(tmp_path / "empty"), BadInput, "no logs"),
         (lambda: read_curves(tmp_path / "plain"), BadInput, "no `loss/<channel>`"),
-        (lambda: read_curves(tmp_path / "bad"), BadInput, "not a trainer_state"),
+        (lambda: read_curves(tmp_path / "bad"), BadInput, "not a JSON object"),
     ]
     for call, error, match in cases:
         with pytest.raises(error, match=match):

@@ -128,11 +128,16 @@ def _uneven(num_layers: int, grid: Grid) -> list[int]:
     return [by_rank[k % grid.pp] // grid.vpp for k in range(grid.pp * grid.vpp)]
 
 
+_MAX_LAYOUT = 100_000
+
+
 def _by_layout(num_layers: int, grid: Grid, further: int) -> list[int]:
     assert grid.layout is not None
     text = grid.layout.replace(",", "").replace(" ", "")
     for pattern in (r"\(([^()]*)\)\*(\d+)", r"([A-Za-z])\*(\d+)"):
         while (match := re.search(pattern, text)) is not None:
+            if len(match[1]) * int(match[2]) > _MAX_LAYOUT:
+                raise Usage(f"the layout has more than {_MAX_LAYOUT:,} layers")
             text = text[: match.start()] + match[1] * int(match[2]) + text[match.end() :]
     stages = text.split("|")
     decoder = text[: -1 - further] + "L" if further and text.endswith("m" * further + "L") else text

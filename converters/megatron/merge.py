@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import llmconvert
+from llmconvert.canonical.bounds import check_attributes, check_extent
 from llmconvert.canonical.lowerings import lower
 from llmconvert.canonical.model import CanonicalConfig, CanonicalModel, traits
 from llmconvert.canonical.step import Step
@@ -107,6 +108,8 @@ def open_model(
         args = _completed(args, config, checkpoint)
         vocab_size = vocab_size or args.get("vocab_size")
     model = arguments.from_arguments(args, vocab_size)
+    check_attributes(vars(model), "args")
+    check_extent(vars(model), "args", checkpoint.stored)
     shards = assembled(checkpoint)
     padded = args.get("padded_vocab_size") or _padded(shards, checkpoint.tp)
     if padded < model.vocab_size or padded % checkpoint.tp:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from llmconvert.checkpoint.config import read_config
+from llmconvert.checkpoint.files import check_inside, shown
+from llmconvert.checkpoint.files import read_json as read_json
+from llmconvert.checkpoint.files import stays_inside as stays_inside
 from llmconvert.checkpoint.safetensors import read_header
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.checkpoint.torch_pickle import read_pickle
@@ -50,53 +53,20 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        BadInput: the file is missing, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise BadInput(f"`{path.name}` is missing", where=str(path.parent)) from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"`{path.name}` is not valid JSON: {error}", where=str(path)) from None
-    if not isinstance(value, dict):
-        raise BadInput(f"`{path.name}` is not a JSON object", where=str(path))
-    return value
-
-
-def _shard_path(directory: Path, name: Any, index: str) -> Path:
+def _shard_path(directory: Path, name: str, index: str) -> Path:
     where = str(directory / index)
-    if not isinstance(name, str) or not name:
-        raise BadInput(f"the index names the file {name!r}, which is not a file name", where=where)
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name:
         raise BadInput(f"the index names `{name}`, a path outside the checkpoint", where=where)
     path = directory / name
-    if not path.is_file():
+    if not os.path.exists(path):
         raise BadInput(f"the index names `{name}`, which is not there", where=where, hint="download the missing shard")
-    if not stays_inside(directory, path):
-        raise BadInput(
-            f"`{name}` is a symlink that leaves the checkpoint ({path.resolve()})", where=where, hint="copy the file in"
-        )
+    check_inside(directory, path)
     return path
 
 
-def stays_inside(directory: Path, path: Path) -> bool:
-    """Whether a file of a checkpoint, its links followed, is still one of the checkpoint's own."""
-    root, real = directory.resolve(), path.resolve()
-    # The hub cache keeps snapshots/REVISION/* as links into blobs/ of the same repository.
-    allowed = [root] + ([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])
-    return any(real.is_relative_to(folder) for folder in allowed)
-
-
 def _read_file(path: Path) -> dict[str, StoredTensor]:
-    try:
-        return read_header(path) if path.suffix == ".safetensors" else read_pickle(path)
-    except OSError as error:
-        raise InputOutput(f"cannot read the file: {error.strerror}", where=str(path)) from None
+    return read_header(path) if path.suffix == ".safetensors" else read_pickle(path)
 
 
 def _open_sharded(directory: Path, index: str) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
@@ -104,7 +74,10 @@ def _open_sharded(directory: Path, index: str) -> tuple[dict[str, StoredTensor],
     weight_map = read_json(directory / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput("the index has no `weight_map`", where=where)
-    paths = {name: _shard_path(directory, name, index) for name in sorted({str(v) for v in weight_map.values()})}
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name:
+            raise BadInput(f"the index names the file {shown(name)}, which is not a file name", where=where)
+    paths = {name: _shard_path(directory, name, index) for name in sorted(set(weight_map.values()))}
     tensors: dict[str, StoredTensor] = {}
     owners: dict[str, list[str]] = defaultdict(list)
     for file, path in paths.items():
@@ -160,11 +133,13 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         raise InputOutput(f"cannot read the directory: {error.strerror}", where=str(directory)) from None
     for index, single in WEIGHT_FILES:
         if index in names:
+            config = read_config(directory)
             tensors, notes = _open_sharded(directory, index)
-            return Checkpoint(directory, read_json(directory / "config.json"), tensors, index, notes)
+            return Checkpoint(directory, config, tensors, index, notes)
         if single in names:
+            config = read_config(directory)
             path = _shard_path(directory, single, single)
-            return Checkpoint(directory, read_json(directory / "config.json"), _read_file(path))
+            return Checkpoint(directory, config, _read_file(path))
     raise _no_weights(directory, names)
 
 

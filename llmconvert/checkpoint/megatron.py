@@ -16,14 +16,18 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmconvert.checkpoint.config import ARGUMENTS, ITERATION, check
 from llmconvert.checkpoint.directory import listing
-from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.checkpoint.files import read_bytes, shown
+from llmconvert.checkpoint.stored import StoredTensor, is_name
 from llmconvert.checkpoint.torch_dist import METADATA, open_torch_dist
 from llmconvert.checkpoint.torch_pickle import Inert, read_object
 from llmconvert.errors import BadInput, Refused
 
 LATEST = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
+_MAX_TRACKER_BYTES = 1000
+_MAX_RANKS = 1 << 20
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
 
 
@@ -122,9 +126,11 @@ def release_folder(directory: Path, iteration: int | None = None) -> Path:
     if iteration is not None:
         folder = directory / f"iter_{iteration:07d}"
     elif (directory / LATEST).is_file():
-        text = (directory / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-        if text != "release" and not text.isdigit():
-            raise BadInput(f"`{LATEST}` says {text!r}, which is neither a number nor `release`", where=str(directory))
+        text = read_bytes(directory / LATEST, _MAX_TRACKER_BYTES).decode(errors="replace").strip()
+        if text != "release" and re.fullmatch(r"[0-9]{1,18}", text) is None:
+            raise BadInput(
+                f"`{LATEST}` says {shown(text)}, which is neither a number nor `release`", where=str(directory)
+            )
         folder = directory / ("release" if text == "release" else f"iter_{int(text):07d}")
     else:
         folder = directory
@@ -162,7 +168,7 @@ def open_megatron(directory: Path, *, iteration: int | None = None, trust_pickle
     for (p, t, e), path in sorted(files.items()):
         value = _rank_file(path, trust_pickle)
         models = sorted(
-            (key for key in value if re.fullmatch(r"model\d*", str(key))), key=lambda key: int(key[5:] or 0)
+            (key for key in value if re.fullmatch(r"model\d{0,4}", str(key))), key=lambda key: int(key[5:] or 0)
         )
         if not models:
             raise BadInput("the rank file has no `model`", where=str(path))
@@ -188,6 +194,7 @@ def _rank_file(path: Path, trust_pickle: bool) -> dict[str, Any]:
     value = read_object(path, inert="anything" if trust_pickle else "harmless", hint=hint)
     if not isinstance(value, dict):
         raise BadInput("the rank file does not hold a dictionary", where=str(path))
+    check(value, ITERATION, str(path))
     _check_version(value, path)
     return value
 
@@ -214,6 +221,8 @@ def _files(
         if args.get(key) not in (None, there):
             raise BadInput(f"args say {key} {args[key]}, there are {there}", where=str(release))
     etp = (args.get("expert_tensor_parallel_size") or tp) if ep > 1 or args.get("num_experts") else tp
+    if pp * ep * etp > _MAX_RANKS:
+        raise BadInput(f"the args say {pp * ep * etp:,} ranks, there are {len(found)}", where=str(release))
     expected = {(p, t, e) for p in range(pp) for t, e in ranks(tp, ep, etp)}
     absent = [rank_folder(Place(p, 0, t, e), pp, ep) for p, t, e in sorted(expected)
               if (p, t, e) not in found or not found[p, t, e].is_file()]  # fmt: skip
@@ -238,6 +247,7 @@ _STACKED = "decoder.layers."
 def _open_dist(directory: Path, release: Path, trust_pickle: bool) -> MegatronCheckpoint:
     """A `torch_dist` checkpoint as one rank: layers that are stacked on the first axis are taken apart."""
     opened = open_torch_dist(release, trust_pickle=trust_pickle)
+    check(opened.common, ITERATION, str(release))
     _check_version(opened.common, release)
     named: dict[str, list[Tile]] = {}
     items: dict[str, StoredTensor] = {}
@@ -281,7 +291,7 @@ def _taken_apart(
 ) -> Iterator[tuple[str, tuple[int, ...], StoredTensor]]:
     """A chunk of a global tensor as the chunks of each layer's and each expert's own, under their names on one rank."""
     layers, experts = _axes(name)
-    if not layers and not experts:
+    if not (layers or experts) or not stored.nbytes:
         yield _renamed(name), offsets, stored
         return
     inner, each = stored.shape[1:], stored.nbytes // max(1, stored.shape[0])
@@ -319,7 +329,7 @@ def _joined_halves(named: dict[str, list[Tile]]) -> dict[str, list[Tile]]:
 
 def _check_version(value: Mapping[str, Any], path: Path) -> None:
     version = value.get("checkpoint_version", 0)
-    if not isinstance(version, int | float) or version < 2.0:
+    if not isinstance(version, int | float) or not version >= 2.0:
         raise Refused(
             f"checkpoint_version is {version!r}: before 2.0 the rows of query, key and value were ordered otherwise",
             where=str(path),
@@ -333,7 +343,16 @@ def _plain(args: Any, path: Path) -> dict[str, Any]:
     state = args.state if isinstance(args, Inert) else args
     if not isinstance(state, dict):
         raise BadInput("`args` is not a Namespace", where=str(path))
-    return {key: value for key, value in state.items() if isinstance(value, bool | int | float | str | list | None)}
+    plain = {key: value for key, value in state.items() if isinstance(key, str) and _is_plain(value)}
+    check(plain, ARGUMENTS, f"{path}, `args`")
+    return plain
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value can be written as JSON and read again."""
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, float | str) or (isinstance(value, int) and value.bit_length() <= 200)
 
 
 def _named(model: Any, place: Place, path: Path) -> dict[str, tuple[Tile, ...]]:
@@ -345,6 +364,8 @@ def _named(model: Any, place: Place, path: Path) -> dict[str, tuple[Tile, ...]]:
         )
     found: dict[str, tuple[Tile, ...]] = {}
     for name, value in model.items():
+        if not is_name(name):
+            raise BadInput("`model` is not a state dict", where=str(path))
         if isinstance(value, StoredTensor) and not name.endswith("_extra_state"):
             unique = f"{path.parent.name}/{place.vpp_chunk}/{name}"
             found[_renamed(name)] = (Tile(0, 0, value._replace(name=unique)),)

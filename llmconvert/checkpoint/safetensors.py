@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.checkpoint.dtypes import ITEMSIZE
-from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.checkpoint.files import opened, shown, whole_number
+from llmconvert.checkpoint.stored import StoredTensor, is_name
 from llmconvert.errors import BadInput
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit; a longer header is refused by every reader."""
 
 _ALIGNMENT = 8
+_LIMIT = 1 << 64
+"""Sizes and offsets are 64-bit numbers in the library."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -39,11 +42,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         The file's tensors by name, in the order of the header.
 
     Raises:
-        BadInput: the file is truncated, its header is not valid, or offsets overlap, leave gaps or leave the file.
+        BadInput: the file is no regular one or truncated, its header is not valid, or offsets overlap, leave gaps or
+            leave the file.
+        InputOutput: it cannot be read.
     """
     where = str(path)
     redo = "download or write this file again"
-    with path.open("rb") as file:
+    with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:
@@ -57,28 +62,27 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(raw.decode(), object_pairs_hook=_unique, parse_int=whole_number)
     except (ValueError, RecursionError) as error:
         raise BadInput(f"the header is not valid JSON: {error}", where=where, hint=redo) from None
     if not isinstance(header, dict):
         raise BadInput("the header is not a JSON object", where=where, hint=redo)
-    header.pop("__metadata__", None)
+    described = header.pop("__metadata__", None)
+    if not _is_description(described):
+        raise BadInput("the header's `__metadata__` is not a mapping of text to text", where=where, hint=redo)
     tensors: dict[str, StoredTensor] = {}
     spans: list[tuple[int, int, str]] = []
     base = 8 + length
     for name, info in header.items():
-        try:
-            dtype, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-            valid = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
-        except (KeyError, TypeError, ValueError):
-            valid = False
-        if not valid:
-            raise BadInput(f"the header entry of tensor `{name}` is malformed", where=where, hint=redo)
+        entry = _entry(name, info)
+        if entry is None:
+            raise BadInput(f"the header entry of tensor {shown(name)} is malformed", where=where, hint=redo)
+        dtype, shape, begin, end = entry
         if dtype not in ITEMSIZE:
-            raise BadInput(f"tensor `{name}` has the unknown dtype {dtype!r}", where=where)
+            raise BadInput(f"tensor `{name}` has the unknown dtype {shown(dtype)}", where=where)
         if math.prod(shape) * ITEMSIZE[dtype] != end - begin:
             raise BadInput(
-                f"tensor `{name}` of shape {list(shape)} and dtype {dtype} cannot take {end - begin:,} bytes",
+                f"tensor `{name}` of shape {shown(list(shape))} and dtype {dtype} cannot take {end - begin:,} bytes",
                 where=where,
                 hint=redo,
             )
@@ -95,6 +99,27 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         fault = "is truncated" if base + position > size else "has bytes no tensor owns"
         raise BadInput(f"the file {fault}: {size:,} bytes, {base + position:,} expected", where=where, hint=redo)
     return tensors
+
+
+def _is_description(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(isinstance(text, str) for text in value.values()))
+
+
+def _entry(name: str, info: Any) -> tuple[str, tuple[int, ...], int, int] | None:
+    """A tensor's dtype code, shape and place in the data; None where the header does not say them."""
+    if not is_name(name) or not isinstance(info, dict) or info.keys() != {"dtype", "shape", "data_offsets"}:
+        return None
+    dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+    if type(dtype) is not str or type(shape) is not list or type(offsets) is not list or len(offsets) != 2:
+        return None
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return None
+    begin, end = offsets
+    if not all(type(n) is int and 0 <= n < _LIMIT for n in (*shape, begin, end)) or begin > end:
+        return None
+    return dtype, tuple(shape), begin, end
 
 
 def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:

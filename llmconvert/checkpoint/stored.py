@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmconvert.checkpoint.dtypes import ITEMSIZE
+
+_MAX_NAME = 1000
+
+
+def is_name(name: Any) -> bool:
+    """Whether something can be a tensor's name: text, and no longer than the numbers in it can be read."""
+    return isinstance(name, str) and len(name) <= _MAX_NAME
 
 
 class StoredTensor(NamedTuple):

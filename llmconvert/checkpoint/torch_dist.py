@@ -8,7 +8,7 @@ a pickled `Metadata`; each item of a `.distcp` file is what `torch.save` writes 
 from __future__ import annotations
 
 import json
-import pickle
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -17,12 +17,16 @@ from typing import Any, NamedTuple
 
 from llmconvert.checkpoint.directory import read_json, stays_inside
 from llmconvert.checkpoint.dtypes import TO_NAME
-from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.checkpoint.files import read_bytes
+from llmconvert.checkpoint.stored import StoredTensor, is_name
 from llmconvert.checkpoint.torch_pickle import Inert, read_inert, read_object
 from llmconvert.checkpoint.torch_zip import Called, Global, Instance, Slot, lay_out_torch, pickled, torch_saved
 from llmconvert.errors import BadInput, Refused
 
 METADATA, COMMON, DESCRIPTION = ".metadata", "common.pt", "metadata.json"
+_MAX_METADATA_BYTES = 1 << 30
+"""Of `.metadata`: about three million chunks."""
+
 _MODULE = "torch.distributed.checkpoint.metadata"
 
 
@@ -78,7 +82,9 @@ def _harmless(module: str, name: str) -> bool:
 def _tuple(value: Any) -> tuple[int, ...]:
     """A torch.Size."""
     entries = value.arguments[0] if isinstance(value, Inert) else value
-    return tuple(int(entry) for entry in entries)
+    if not all(type(entry) is int and entry >= 0 for entry in entries):
+        raise ValueError("sizes that are not whole numbers")
+    return tuple(entries)
 
 
 def open_torch_dist(folder: Path, *, trust_pickle: bool = False) -> TorchDist:
@@ -92,13 +98,13 @@ def open_torch_dist(folder: Path, *, trust_pickle: bool = False) -> TorchDist:
         BadInput: a file is missing, cut short or inconsistent.
         Refused: the backend is another, or a pickle names what is not known.
     """
-    if (folder / DESCRIPTION).is_file():
+    if os.path.lexists(folder / DESCRIPTION):
         backend = read_json(folder / DESCRIPTION).get("sharded_backend")
         if backend != "torch_dist":
             raise Refused(f"the checkpoint's backend is `{backend}`, not torch_dist", where=str(folder))
     where = str(folder / METADATA)
     try:
-        metadata = read_inert((folder / METADATA).read_bytes(), _harmless).state
+        metadata = read_inert(read_bytes(folder / METADATA, _MAX_METADATA_BYTES), _harmless).state
         described, places = metadata["state_dict_metadata"], metadata["storage_data"]
         stored = {
             (
@@ -109,6 +115,8 @@ def open_torch_dist(folder: Path, *, trust_pickle: bool = False) -> TorchDist:
         }
         tensors, objects, left_out = {}, [], 0
         for name, entry in described.items():
+            if not is_name(name):
+                raise ValueError("a name that is none")
             if "chunks" not in (entry.state or {}):
                 objects.append(name)
                 left_out += int(stored[name, None]["length"])
@@ -120,13 +128,13 @@ def open_torch_dist(folder: Path, *, trust_pickle: bool = False) -> TorchDist:
             tensors[name] = GlobalTensor(_tuple(entry.state["size"]), tuple(chunks))
     except OSError as error:
         raise BadInput(f"`{METADATA}` cannot be read: {error.strerror}", where=str(folder)) from None
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadInput(f"`{METADATA}` cannot be understood: {error}", where=where) from None
     for name, tensor in tensors.items():
         if sum(prod(chunk.stored.shape) for chunk in tensor.chunks) != prod(tensor.shape):
             raise BadInput(f"the chunks of `{name}` do not make up its shape {list(tensor.shape)}", where=where)
     common: Any = {}
-    if (folder / COMMON).is_file():
+    if os.path.lexists(folder / COMMON):
         hint = "add `--trust-pickle` to read past it; it becomes an inert stand-in and is not run"
         common = read_object(folder / COMMON, inert="anything" if trust_pickle else "harmless", hint=hint)
     if not isinstance(common, dict):

@@ -1,31 +1,38 @@
 """PyTorch `.bin`/`.pt` files: find every tensor's bytes without running the pickle's code and without torch.
 
 `torch.save` writes a zip of uncompressed records: `*/data.pkl` (the object, pickled) and one `*/data/KEY` a storage.
-The pickle is read by an unpickler that knows a short list of names, each bound to an inert stand-in of ours, so
-nothing in the file can call anything else; the zip directory then says where each storage lies.
+The pickle is read by a machine that calls nothing (`pickle_machine`); the zip directory says where each storage lies.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import pickle
-import struct
-import zipfile
-from collections import OrderedDict
+import os
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmconvert.checkpoint.dtypes import ITEMSIZE
-from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.checkpoint.files import opened, read_at, shown
+from llmconvert.checkpoint.pickle_machine import Inert, Known, PickleError, load_pickle
+from llmconvert.checkpoint.stored import StoredTensor, is_name
+from llmconvert.checkpoint.zip_records import NotAnArchive, Record, read_records
 from llmconvert.errors import BadInput, Refused
+
+__all__ = ["Inert", "read_inert", "read_object", "read_pickle"]
 
 _STORAGE_DTYPES = {
     "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
     "BoolStorage": "BOOL",
 }  # fmt: skip
+
+_MAX_PICKLE_BYTES = 1 << 30
+"""Of `data.pkl`, which holds no tensors: enough for several million of their descriptions."""
+
+_MAX_AXES = 64
+_MAX_SIZE = 1 << 62
 
 
 class _StorageType(NamedTuple):
@@ -34,69 +41,8 @@ class _StorageType(NamedTuple):
 
 class _Storage(NamedTuple):
     dtype: str
-    key: str
-    numel: int
-
-
-class _Tensor(NamedTuple):
-    storage: _Storage
     offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-def _rebuild_tensor(storage: _Storage, offset: int, shape: Any, stride: Any, *_: Any) -> _Tensor:
-    return _Tensor(storage, offset, tuple(shape), tuple(stride))
-
-
-def _rebuild_parameter(data: _Tensor, *_: Any) -> _Tensor:
-    return data
-
-
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGE_DTYPES.items()},
-}
-
-
-class Inert:
-    """What a name in a pickle becomes that is harmless and useless here: it does nothing, whatever is done to it.
-
-    Attributes:
-        name: in full.
-        arguments: what it was called with.
-        state: what it was given as its state, or None.
-    """
-
-    name = ""
-    arguments: tuple[Any, ...] = ()
-    state: Any = None
-
-    def __new__(cls, *arguments: Any, **named: Any) -> Inert:
-        """Keep the arguments."""
-        self = super().__new__(cls)
-        self.arguments = arguments
-        return self
-
-    def __init__(self, *arguments: Any, **named: Any) -> None:
-        """Nothing."""
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def append(self, value: Any) -> None:
-        """Nothing."""
-
-    def extend(self, values: Any) -> None:
-        """Nothing."""
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """Nothing."""
-
-    def __hash__(self) -> int:
-        return id(self)
+    numel: int
 
 
 _HARMLESS = {
@@ -133,96 +79,125 @@ def _harmless(module: str, name: str) -> bool:
 _SAFE = "get the checkpoint as safetensors, or save its plain state dict again in a sandbox"
 
 
-class _Forbidden(Exception):
-    pass
+class _Reader:
+    """What the names and storages of one pickle stand for."""
 
+    def __init__(self, path: Path, records: Mapping[str, Record], inert: str, hint: str) -> None:
+        self._path, self._records, self._inert, self._hint = path, records, inert, hint
+        self._storages: dict[str, _Storage] = {}
+        self._known: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): Known(_ordered_dict),
+            ("torch._utils", "_rebuild_tensor_v2"): Known(self._tensor),
+            ("torch._utils", "_rebuild_parameter"): Known(_parameter),
+            **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGE_DTYPES.items()},
+        }
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: Any, *, inert: str = "nothing") -> None:
-        super().__init__(file)
-        self._inert = inert
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _ALLOWED:
-            return _ALLOWED[module, name]
+    def find(self, module: str, name: str) -> Any:
+        """See `load_pickle`."""
+        if (module, name) in self._known:
+            return self._known[module, name]
         if self._inert == "anything" or (self._inert == "harmless" and _harmless(module, name)):
-            return type("Inert", (Inert,), {"name": f"{module}.{name}"})
-        raise _Forbidden(f"{module}.{name}")
+            return Inert(f"{module}.{name}")
+        full = f"{module}.{name}"
+        raise Refused(
+            f"the pickle asks for `{full[:200]}`, which is not needed to hold weights and could run code; it was not run",
+            where=str(self._path),
+            hint=self._hint,
+        )
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage_type, key, _, numel = pid
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise pickle.UnpicklingError("not a storage")
-        return _Storage(storage_type.dtype, str(key), int(numel))
+    def storage(self, pid: Any) -> _Storage:
+        """See `load_pickle`: torch names a storage by a type, the key of its record, a place and a length."""
+        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage" or type(pid[1]) is not _StorageType:
+            raise PickleError("it refers to something other than a storage")
+        dtype, key, numel = pid[1].dtype, pid[2], pid[4]
+        if type(key) is not str or type(numel) is not int or not 0 <= numel < _MAX_SIZE:
+            raise PickleError("it describes a storage by what is no key or no length")
+        record = self._records.get(f"data/{key}")
+        if record is None or numel * ITEMSIZE[dtype] > record.size:
+            raise self._cut()
+        if not record.stored:
+            raise _compressed(f"data/{key}", self._path)
+        # Torch goes by the first mention of a key and does not look at later ones.
+        found = self._storages.setdefault(key, _Storage(dtype, record.offset, numel))
+        if found.dtype != dtype or found.numel != numel:
+            raise PickleError(f"it describes the storage `{key}` in two ways")
+        return found
+
+    def _tensor(self, arguments: tuple[Any, ...]) -> StoredTensor:
+        """`torch._utils._rebuild_tensor_v2`."""
+        if not 4 <= len(arguments) <= 7 or type(arguments[0]) is not _Storage:
+            raise PickleError("it describes a tensor by something other than a storage, an offset, sizes and strides")
+        storage, offset, shape, stride = arguments[:4]
+        if not (_sizes(shape) and _sizes(stride) and len(shape) == len(stride) and _sizes((offset,))):
+            raise PickleError("a tensor's offset, sizes or strides are not whole numbers that fit each other")
+        if len(arguments) == 7 and arguments[6]:
+            raise Refused(
+                "a tensor is stored conjugated or negated", where=str(self._path), hint="save it after .clone()"
+            )
+        if not _contiguous(shape, stride):
+            raise Refused(
+                "a tensor is stored non-contiguously", where=str(self._path), hint="save it after .contiguous()"
+            )
+        if offset + math.prod(shape) > storage.numel:
+            raise self._cut()
+        return StoredTensor("", self._path, storage.offset + offset * ITEMSIZE[storage.dtype], storage.dtype, shape)
+
+    def _cut(self) -> BadInput:
+        return BadInput(
+            "the bytes of a tensor are missing or cut short", where=str(self._path), hint="download it again"
+        )
 
 
-def _data_offset(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> int:
-    file = archive.fp
-    assert file is not None
-    file.seek(info.header_offset + 26)
-    name_length, extra_length = struct.unpack("<HH", file.read(4))
-    return int(info.header_offset) + 30 + int(name_length) + int(extra_length)
+def _ordered_dict(arguments: tuple[Any, ...]) -> dict[Any, Any]:
+    if arguments:
+        raise PickleError("it fills an ordered dictionary in a way torch does not")
+    return {}
+
+
+def _parameter(arguments: tuple[Any, ...]) -> StoredTensor:
+    if not arguments or type(arguments[0]) is not StoredTensor:
+        raise PickleError("it makes a parameter of what is no tensor")
+    return arguments[0]
+
+
+def _sizes(values: Any) -> bool:
+    return (
+        type(values) is tuple
+        and len(values) <= _MAX_AXES
+        and all(type(n) is int and 0 <= n < _MAX_SIZE for n in values)
+    )
 
 
 def _contiguous(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     expected = 1
     for size, step in zip(reversed(shape), reversed(stride), strict=True):
         if size != 1 and step != expected:
-            return False
+            return 0 in shape
         expected *= size
     return True
 
 
-class _Window(io.RawIOBase):
-    """Part of a file, as a file."""
-
-    def __init__(self, path: Path, start: int, length: int) -> None:
-        super().__init__()
-        self._file, self._start, self._length, self._at = path.open("rb"), start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._length)[whence])
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._length - self._at)
-        self._file.seek(self._start + self._at)
-        data = self._file.read(left if size < 0 else min(size, left))
-        self._at += len(data)
-        return data
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+def _compressed(name: str, path: Path) -> Refused:
+    return Refused(f"the record `{name}` is compressed", where=str(path), hint="save it again with torch.save")
 
 
 def read_inert(data: bytes, harmless: Callable[[str, str], bool]) -> Any:
-    """Unpickle bytes with every name a stand-in of ours.
+    """Read a pickle with every name a stand-in of ours.
 
     Args:
         data: the pickle.
         harmless: whether a name (module, name) becomes `Inert`; another is refused.
 
     Raises:
-        pickle.UnpicklingError: it is no pickle, or asks for another name.
+        ValueError: it is no pickle, or asks for another name.
     """
 
-    class Reader(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            if not harmless(module, name):
-                raise pickle.UnpicklingError(f"it asks for `{module}.{name}`, which was not run")
-            return type("Inert", (Inert,), {"name": f"{module}.{name}"})
+    def find(module: str, name: str) -> Inert:
+        if not harmless(module, name):
+            raise PickleError(f"it asks for `{f'{module}.{name}'[:200]}`, which was not run")
+        return Inert(f"{module}.{name}")
 
-    return Reader(io.BytesIO(data)).load()
+    return load_pickle(data, find)
 
 
 def read_object(path: Path, *, inert: str = "nothing", hint: str = _SAFE, window: tuple[int, int] | None = None) -> Any:
@@ -236,92 +211,52 @@ def read_object(path: Path, *, inert: str = "nothing", hint: str = _SAFE, window
         window: offset and length of the part of the file that `torch.save` wrote; all of it if None.
 
     Returns:
-        The object, with a `StoredTensor` (its `name` is empty) for each tensor.
+        The object, with a `StoredTensor` (its `name` is empty) for each tensor, and a plain dictionary for an ordered
+        one. It can be walked: it does not contain itself, and is not much larger than the file when written out.
 
     Raises:
-        BadInput: the file is truncated or not a torch zip.
+        BadInput: the file is no regular one, truncated, or not written by `torch.save`.
         Refused: the pickle asks for another name, or a tensor is not stored contiguously.
+        InputOutput: the file cannot be read.
     """
-    where, base = str(path), window[0] if window else 0
-    try:
-        with (
-            _Window(path, *window) if window else path.open("rb") as opened,
-            zipfile.ZipFile(opened) as archive,
-        ):
-            records = {info.filename: info for info in archive.infolist()}
-            pickles = [name for name in records if name.endswith("/data.pkl") or name == "data.pkl"]
-            if len(pickles) != 1:
-                raise BadInput("the archive holds no `data.pkl`: not a file written by torch.save", where=where)
-            root = pickles[0][: -len("data.pkl")]
-            order = archive.read(root + "byteorder") if root + "byteorder" in records else b"little"
-            if order != b"little":
-                raise Refused("the tensors are stored big-endian", where=where)
-            with archive.open(pickles[0]) as file:
-                value = _Unpickler(file, inert=inert).load()
-            offsets: dict[str, int] = {}
-            sizes: dict[str, int] = {}
-            for name, info in records.items():
-                if name.startswith(root + "data/"):
-                    if info.compress_type != zipfile.ZIP_STORED:
-                        raise Refused(
-                            f"record `{name}` is compressed", where=where, hint="save it again with torch.save"
-                        )
-                    key = name[len(root) + 5 :]
-                    offsets[key], sizes[key] = base + _data_offset(archive, info), info.file_size
-    except _Forbidden as error:
-        raise Refused(
-            f"the pickle asks for `{error}`, which is not needed to hold weights and could run code; it was not run",
-            where=where,
-            hint=hint,
-        ) from None
-    except zipfile.BadZipFile:
-        head = path.open("rb").read(2)
-        if head[:1] == b"\x80":
-            raise Refused(
-                "the file is in torch's format from before 1.6, which is not read",
-                where=where,
-                hint="load it with torch.load(..., weights_only=True) and save it again with torch.save",
+    where = str(path)
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start, length = window or (0, size)
+        try:
+            if not 0 <= start <= start + length <= size:
+                raise NotAnArchive
+            records = read_records(file, start, length)
+        except NotAnArchive:
+            if read_at(file.fileno(), 1, max(0, min(start, size))) == b"\x80":
+                raise Refused(
+                    "the file is in torch's format from before 1.6, which is not read",
+                    where=where,
+                    hint="load it with torch.load(..., weights_only=True) and save it again with torch.save",
+                ) from None
+            raise BadInput(
+                "the file is truncated or not written by torch.save", where=where, hint="download it again"
             ) from None
-        raise BadInput(
-            "the file is truncated or not written by torch.save", where=where, hint="download it again"
-        ) from None
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        struct.error,
-    ) as error:
+        except ValueError as error:
+            raise BadInput(f"torch.save did not write the archive: {error}", where=where) from None
+        record, order = records.get("data.pkl"), records.get("byteorder")
+        if record is None:
+            raise BadInput("the archive holds no `data.pkl`: not a file written by torch.save", where=where)
+        if order is not None and read_at(file.fileno(), min(order.size, 16), order.offset) != b"little":
+            raise Refused("the tensors are stored big-endian", where=where)
+        if not record.stored:
+            raise _compressed("data.pkl", path)
+        if record.size > _MAX_PICKLE_BYTES:
+            raise BadInput(f"`data.pkl` is {record.size:,} bytes long", where=where)
+        file.seek(record.offset)
+        data = file.read(record.size)
+    if record.crc not in (0, zlib.crc32(data)):
+        raise BadInput("`data.pkl` is damaged: its checksum is another", where=where, hint="download the file again")
+    reader = _Reader(path, records, inert, hint)
+    try:
+        return load_pickle(data, reader.find, reader.storage)
+    except PickleError as error:
         raise BadInput(f"the pickle cannot be read: {error}", where=where, hint="download the file again") from None
-    size = path.stat().st_size
-
-    def located(value: Any) -> Any:
-        if isinstance(value, _Tensor):
-            return _locate(value, offsets, sizes, size, path)
-        if isinstance(value, Inert):
-            value.state = located(value.state)
-            return value
-        if isinstance(value, dict):
-            return {key: located(entry) for key, entry in value.items()}
-        if isinstance(value, list):
-            return [located(entry) for entry in value]
-        return value
-
-    return located(value)
-
-
-def _locate(value: _Tensor, offsets: dict[str, int], sizes: dict[str, int], size: int, path: Path) -> StoredTensor:
-    storage, item, where = value.storage, ITEMSIZE[value.storage.dtype], str(path)
-    if not _contiguous(value.shape, value.stride):
-        raise Refused("a tensor is stored non-contiguously", where=where, hint="save it after .contiguous()")
-    begin, count = value.offset * item, math.prod(value.shape) * item
-    cut = storage.key not in offsets or begin + count > sizes[storage.key]
-    if cut or offsets[storage.key] + begin + count > size:
-        raise BadInput("the bytes of a tensor are missing or cut short", where=where, hint="download it again")
-    return StoredTensor("", path, offsets[storage.key] + begin, storage.dtype, value.shape)
 
 
 def read_pickle(path: Path) -> dict[str, StoredTensor]:
@@ -337,7 +272,7 @@ def read_pickle(path: Path) -> dict[str, StoredTensor]:
         raise BadInput("the file does not hold a state dict (a mapping of names to tensors)", where=where)
     tensors: dict[str, StoredTensor] = {}
     for name, value in state.items():
-        if not isinstance(value, StoredTensor) or not isinstance(name, str):
-            raise BadInput(f"entry `{name}` is not a tensor: not a plain state dict", where=where)
+        if not isinstance(value, StoredTensor) or not is_name(name):
+            raise BadInput(f"the entry {shown(name)} is not a tensor: not a plain state dict", where=where)
         tensors[name] = value._replace(name=name)
     return tensors

@@ -18,6 +18,7 @@ from llmconvert.checkpoint.directory import open_checkpoint, read_json, stays_in
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.engine.plan import Plan
+from llmconvert.engine.recorded import check_manifest
 from llmconvert.engine.tree import Tree, open_regular
 from llmconvert.errors import BadInput, InputOutput, LlmconvertError, ProofFailed, Usage
 from llmconvert.tensors.evaluate import MOVE_BYTES, Reader
@@ -169,8 +170,16 @@ def _outside(descriptor: int, spans: Iterable[Span], size: int) -> str:
 
 
 def read(directory: Path) -> dict[str, Any] | None:
-    """The manifest of a directory llmconvert wrote, or None."""
-    return read_json(directory / MANIFEST) if (directory / MANIFEST).is_file() else None
+    """The manifest of a directory llmconvert wrote, or None.
+
+    Raises:
+        BadInput: it is not JSON, or says what llmconvert does not write.
+    """
+    if not os.path.lexists(directory / MANIFEST):
+        return None
+    found = read_json(directory / MANIFEST)
+    check_manifest(found, str(directory / MANIFEST))
+    return found
 
 
 def report(directory: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -10,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmconvert.canonical import model as canonical
+from llmconvert.canonical.bounds import check_attributes, check_extent
 from llmconvert.canonical.model import CanonicalConfig, CanonicalModel
 from llmconvert.checkpoint.directory import Checkpoint
 from llmconvert.checkpoint.dtypes import FLOATS, TO_NAME
+from llmconvert.checkpoint.files import is_finite
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.errors import BadInput, Refused
 from llmconvert.spec import keys
@@ -20,13 +21,6 @@ from llmconvert.spec.expand import all_rows, bind
 from llmconvert.spec.language import Field, Spec
 from llmconvert.spec.quantised import FP8, SCALE, quantisation
 from llmconvert.tensors.expressions import Check, Expression, block_grid, cast, dequantize, stored
-
-_INTEGERS = {
-    f.name: (f.default is dataclasses.MISSING, "None" in str(f.type))
-    for f in dataclasses.fields(CanonicalConfig)
-    if str(f.type).startswith("int")
-}
-"""Attributes that are whole numbers: whether they must be positive, and whether they may be None."""
 
 _SCALE_DTYPES = FLOATS | {"U8", "F8_E8M0"}
 
@@ -67,23 +61,23 @@ def read_config(spec: Spec, config: Mapping[str, Any], names: Iterable[str] | No
         BadInput: a key is missing, has a senseless value, or contradicts the tensors.
         Refused: a key nobody reads changes the maths.
     """
+    endless = [key for key, value in config.items() if not is_finite(value)]
+    if endless:
+        raise BadInput(f"`{'`, `'.join(endless)}` holds NaN or Infinity, which is not JSON", where="config.json")
     keys.check_unread(config, keys_read(spec), spec.name)
     keys.check_required(config, {**spec.requires, **spec.told}, spec.name)
     values: dict[str, Any] = {}
+    present = None if names is None else set(names)
     for f in spec.fields:
         try:
             found = f.read(config, values)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError, ArithmeticError, LookupError) as error:
             raise BadInput(f"`{', '.join(f.keys)}` has a senseless value: {error}", where="config.json") from None
-        for attribute in _INTEGERS.keys() & found:
-            value, (positive, optional) = found[attribute], _INTEGERS[attribute]
-            if (value is None and optional) or (type(value) is int and value >= positive):
-                continue
-            raise BadInput(f"`{attribute}` is {value!r}, which is not a positive whole number", where="config.json")
+        check_attributes(found, "config.json")
         values |= found
+    check_extent(values, "config.json", present)
     if values["num_attention_heads"] % values["num_key_value_heads"]:
         raise BadInput("num_attention_heads is not a multiple of num_key_value_heads", where="config.json")
-    present = None if names is None else set(names)
     if present is not None:
         _settle_biases(spec, config, values, present)
     if "mtp" in spec.holds:

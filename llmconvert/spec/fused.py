@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
+from llmconvert.checkpoint.config import MAX_EXPERTS
 from llmconvert.checkpoint.directory import Checkpoint
 from llmconvert.checkpoint.dtypes import ITEMSIZE
 from llmconvert.checkpoint.stored import StoredTensor
@@ -24,7 +25,8 @@ def unfused(checkpoint: Checkpoint) -> Checkpoint:
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in checkpoint.tensors.items():
         ending = next((ending for ending in _HALVES if name.endswith(ending)), None)
-        if ending is None or len(tensor.shape) != 3 or tensor.shape[1] % len(_HALVES[ending]):
+        plausible = len(tensor.shape) == 3 and tensor.shape[0] <= MAX_EXPERTS and tensor.nbytes > 0
+        if ending is None or not plausible or tensor.shape[1] % len(_HALVES[ending]):
             tensors[name] = tensor
             continue
         parts = _HALVES[ending]

@@ -93,5 +93,10 @@ def same(value: Any, other: Any) -> bool:
 
 
 def carried(config: Mapping[str, Any], read: set[str]) -> dict[str, Any]:
-    """The keys to carry over as they are: token ids, dropout, labels, and whatever nobody reads."""
-    return {k: v for k, v in config.items() if k not in {*read, *_STRUCTURE, *MATHS, *EXPERTS}}
+    """The keys to carry over as they are: token ids, dropout, labels, and whatever nobody reads.
+
+    A key that is null is as good as absent, and stays behind: classes of transformers 5 take no null for a number. Token
+    ids may be null.
+    """
+    left = {*read, *_STRUCTURE, *MATHS, *EXPERTS}
+    return {k: v for k, v in config.items() if k not in left and (v is not None or k.endswith("_token_id"))}

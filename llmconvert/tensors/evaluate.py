@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmconvert.checkpoint.dtypes import ITEMSIZE, TO_NAME, carrier
+from llmconvert.checkpoint.files import open_descriptor
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.errors import BadInput, InputOutput, Refused
 from llmconvert.tensors.expressions import (
@@ -69,10 +70,7 @@ class Reader:
         """
         with self._lock:
             if path not in self._descriptors:
-                try:
-                    self._descriptors[path] = os.open(path, os.O_RDONLY)
-                except OSError as error:
-                    raise _unreadable(path, error) from None
+                self._descriptors[path] = open_descriptor(path)
             return self._descriptors[path]
 
     def read_into(self, tensor: StoredTensor, buffer: memoryview, offset: int) -> None:

@@ -6,6 +6,7 @@ byte. What is written appears under its name when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import tempfile
@@ -238,12 +239,11 @@ def _parquet(path: Path, target: Path, column: str, rule: Rule, choose: Callable
 def _with_column(schema: Any, field: Any) -> Any:
     """A schema with one column more, known to Hugging Face's own description of the columns too, where there is one."""
     metadata = dict(schema.metadata or {})
-    if b"huggingface" in metadata:
+    # What is no such description is left as it is.
+    with contextlib.suppress(KeyError, ValueError, TypeError, RecursionError):
         described = json.loads(metadata[b"huggingface"])
-        features = described.get("info", {}).get("features")
-        if features is not None:
-            features[field.name] = {"dtype": "string", "_type": "Value"}
-            metadata[b"huggingface"] = json.dumps(described).encode()
+        described["info"]["features"][field.name] = {"dtype": "string", "_type": "Value"}
+        metadata[b"huggingface"] = json.dumps(described).encode()
     return schema.append(field).with_metadata(metadata)
 
 

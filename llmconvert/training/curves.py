@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmconvert.checkpoint.config import COUNT as STEP
+from llmconvert.checkpoint.config import OBJECT, Kind, check
+from llmconvert.checkpoint.files import open_descriptor, read_json, shown
 from llmconvert.errors import BadInput, InputOutput, Refused, Usage
 
 TOTAL = "all channels"
@@ -20,6 +23,10 @@ TOTAL = "all channels"
 Points = dict[int, float]
 """Step to value."""
 
+_STATE = {
+    "global_step": STEP,
+    "log_history": Kind("a list of objects", lambda value: isinstance(value, list) and all(map(OBJECT.fits, value))),
+}
 _LOSS = re.compile(r"(?:(?P<split>[^/]+)_)?loss(?:/(?P<channel>.+))?")
 _TOKENS = re.compile(r"(?:(?P<split>[^/]+)_)?tokens/(?P<channel>.+)")
 _BARS = "▁▂▃▄▅▆▇█"
@@ -208,18 +215,22 @@ def _from_states(paths: Sequence[Path]) -> dict[str, Points]:
     """The log of the state that got farthest."""
     states = []
     for path in paths:
-        try:
-            state = json.loads(path.read_text(encoding="utf-8"))
-            if not all(isinstance(entry, dict) for entry in state["log_history"]):
-                raise TypeError("an entry is no object")
-            states.append((int(state["global_step"]), state["log_history"]))
-        except (ValueError, TypeError, KeyError) as error:
-            raise BadInput("not a trainer_state.json", where=str(path)) from error
+        state = read_json(path, anywhere=True)
+        check(state, _STATE, str(path))
+        if any(state.get(key) is None for key in _STATE):
+            raise BadInput("not a trainer_state.json", where=str(path))
+        states.append((state["global_step"], state["log_history"], path))
+    _, history, path = max(states, key=lambda one: one[0])
     found: dict[str, Points] = defaultdict(dict)
-    for entry in max(states, key=lambda one: one[0])[1]:
+    for entry in history:
+        step = entry.get("step")
+        if step is None:
+            continue
+        if not STEP.fits(step):
+            raise BadInput(f"an entry's `step` is {shown(step)}, expected {STEP.expected}", where=str(path))
         for name, value in entry.items():
-            if isinstance(value, int | float) and "step" in entry:
-                found[name][int(entry["step"])] = float(value)
+            if isinstance(value, int | float):
+                found[name][step] = float(value)
     return found
 
 
@@ -231,9 +242,13 @@ def _from_events(paths: Sequence[Path]) -> dict[str, Points]:
 
     files = []
     for path in paths:
+        os.close(open_descriptor(path))  # a FIFO would keep the library waiting
         log = EventAccumulator(str(path), size_guidance={"scalars": 0})
-        log.Reload()
-        scalars = {tag: log.Scalars(tag) for tag in log.Tags()["scalars"]}
+        try:
+            log.Reload()
+            scalars = {tag: log.Scalars(tag) for tag in log.Tags()["scalars"]}
+        except Exception as error:  # of several kinds, from a parser of foreign bytes
+            raise BadInput(f"the event file cannot be read: {error}", where=str(path)) from None
         if scalars:
             files.append((min(one[0].wall_time for one in scalars.values()), scalars))
     found: dict[str, Points] = defaultdict(dict)

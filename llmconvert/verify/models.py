@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llmconvert.checkpoint import config as configs
+from llmconvert.checkpoint.files import check_inside, read_json
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
+from llmconvert.checkpoint.safetensors import read_header
+from llmconvert.checkpoint.torch_pickle import read_pickle
 from llmconvert.errors import BadInput, LlmconvertError, Refused
 from llmconvert.verify.reference import find_reference
 
@@ -46,7 +50,7 @@ class FileWeights:
         self._files: dict[str, Any] = {}
         self._block = block_size(read_config(directory)) if (directory / "config.json").is_file() else None
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in weight_files(directory):
+        for path in check_weights(directory):
             try:
                 if path.suffix == ".safetensors":
                     handle: Any = safe_open(path, framework="pt")
@@ -54,7 +58,7 @@ class FileWeights:
                 else:
                     handle = torch.load(path, weights_only=True, mmap=True)
                     found = {name: tuple(tensor.shape) for name, tensor in handle.items()}
-            except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+            except (OSError, SafetensorError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
                 raise BadInput(f"the weights cannot be read: {error}", where=str(path)) from None
             self.shapes |= found
             self._files |= dict.fromkeys(found, handle)
@@ -107,14 +111,14 @@ def weight_files(directory: Path) -> list[Path]:
         BadInput: there are none, or the index cannot be read.
     """
     for index, single in _LAYOUTS:
-        try:
-            if (directory / index).is_file():
-                names = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
-                return [directory / name for name in sorted(names)]
-        except (ValueError, KeyError, AttributeError) as error:
-            raise BadInput(f"the index cannot be read: {error}", where=str(directory / index)) from None
-        if (directory / single).is_file():
-            return [directory / single]
+        names: set[Any] = {single} if (directory / single).is_file() else set()
+        if (directory / index).is_file():
+            weight_map = read_json(directory / index).get("weight_map")
+            names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+            if not names:
+                raise BadInput("the index has no `weight_map`", where=str(directory / index))
+        if names:
+            return [directory / name for name in sorted(names)]
     raise BadInput("the directory holds no weights", where=str(directory))
 
 
@@ -137,15 +141,35 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json, with what `stating` adds to it.
 
     Raises:
-        BadInput: there is none, or it is not a JSON object.
+        LlmconvertError: as `llmconvert.checkpoint.config.read_config`.
     """
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"config.json cannot be read: {error}", where=str(directory)) from None
-    if not isinstance(config, dict):
-        raise BadInput("config.json is not an object", where=str(directory))
-    return config | _STATED.get(directory.resolve(), {})
+    return configs.read_config(directory) | _STATED.get(directory.resolve(), {})
+
+
+def check_weights(directory: Path) -> list[Path]:
+    """The files of `weight_files`, each seen to be what it should.
+
+    Raises:
+        LlmconvertError: as `check_file`.
+    """
+    paths = weight_files(directory)
+    for path in paths:
+        check_file(directory, path)
+    return paths
+
+
+def check_file(directory: Path, path: Path) -> None:
+    """Check a file of weights before a library is told to open it, which would wait for a FIFO or fill memory.
+
+    Raises:
+        BadInput: it is missing, lies elsewhere, or is damaged.
+        Refused: a pickle asks for what could run code.
+    """
+    check_inside(directory, path)
+    if path.suffix == ".safetensors":
+        read_header(path)
+    else:
+        read_pickle(path)
 
 
 def config_of(directory: Path) -> dict[str, Any]:
@@ -311,6 +335,7 @@ def _load(auto: str, directory: Path, dtype: torch.dtype, device: str, attention
     import transformers
 
     _register(read_config(directory))
+    check_weights(directory)
     options = _options(dtype, attention)
     if _release() >= (5, 0):
         options["experts_implementation"] = "eager"

@@ -152,7 +152,7 @@ def _prompt_rows(path: Path, directories: Sequence[Path]) -> list[list[int]]:
         if line.lstrip().startswith("{"):
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadInput(f"not JSON: {error}", where=f"{path}, line {number}") from None
             value = next((record[key] for key in ("input_ids", "text", "prompt") if key in record), None)
         if isinstance(value, list) and value and all(isinstance(token, int) and token >= 0 for token in value):

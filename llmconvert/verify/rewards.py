@@ -13,7 +13,7 @@ from llmconvert.errors import BadInput
 from llmconvert.verify.float64 import float64_throughout
 from llmconvert.verify.layerwise import LayerwiseModel
 from llmconvert.verify.logits import resolve_device
-from llmconvert.verify.models import FileWeights, load_classifier, read_config
+from llmconvert.verify.models import FileWeights, check_file, load_classifier, read_config
 from llmconvert.verify.probes import Probe, limits, make_probes
 
 _ALLOWED = 1e-9
@@ -32,6 +32,7 @@ def _head(directory: Path) -> tuple[Tensor | None, Tensor | None]:
         if not found and path.is_file():
             from safetensors.torch import load_file
 
+            check_file(directory, path)
             state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
             found = {key.removeprefix("v_head."): tensor for key, tensor in state.items()}
     return found.get("summary.weight"), found.get("summary.bias")
