@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from llmconvert.terminal import printable
 
 if TYPE_CHECKING:
     from llmconvert.converters.running import Report
@@ -17,6 +19,11 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1000
     return f"{value:.2f} TB"
+
+
+def _text(lines: Iterable[str]) -> str:
+    """Lines put together; a line break within one, which came with a name, is shown as one."""
+    return "\n".join(map(printable, lines))
 
 
 def report(found: Report, *, dry_run: bool) -> str:
@@ -60,7 +67,7 @@ def report(found: Report, *, dry_run: bool) -> str:
         lines.append("  proof     none (--verify none)")
     else:
         lines.append(f"  disk      {size(found.disk_needed)} needed")
-    return "\n".join(lines)
+    return _text(lines)
 
 
 _LAYERS_SHOWN = 12
@@ -87,7 +94,7 @@ def comparison(found: dict[str, Any], first: str, second: str) -> Any:
         "same model" if found["verdict"] else "NOT the same model",
         style="bold green" if found["verdict"] else "bold red",
     )
-    parts: list[Any] = [title.append(f": {found['reason']}", style="default not bold")]
+    parts: list[Any] = [title.append(f": {printable(found['reason'])}", style="default not bold")]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
     rows = [
         ("largest difference", f"{found['max_abs']:.3g}, {found['relative']:.2e} of the largest logit, in {found['dtype']}"),
@@ -110,7 +117,7 @@ def comparison(found: dict[str, Any], first: str, second: str) -> Any:
     if found["note"]:
         rows.append(("note", found["note"]))
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     parts.append(table)
     if found["departures"]:
         departures = Table(title="where they part", title_justify="left", box=None, padding=(0, 2, 0, 2))
@@ -118,7 +125,8 @@ def comparison(found: dict[str, Any], first: str, second: str) -> Any:
             departures.add_column(column, overflow="fold")
         for d in found["departures"][:_LAYERS_SHOWN]:
             place = d["part"] if d["layer"] is None else f"layer {d['layer']}, {d['part']}"
-            departures.add_row(place, f"{d['difference']:.1e}", d["why"], ", ".join(d["second"]))
+            cells = (place, f"{d['difference']:.1e}", d["why"], ", ".join(d["second"]))
+            departures.add_row(*map(printable, cells))
         parts.append(departures)
         if len(found["departures"]) > _LAYERS_SHOWN:
             parts.append(
@@ -143,7 +151,7 @@ def there_and_back(found: Any) -> str:
         lines.append(f"  {name:<6}{len(report.steps)} rewrites, ledger closed; logits: {logits}")
     if found.different:
         lines.append(f"  different: {', '.join(found.different[:8])}")
-    return "\n".join(lines)
+    return _text(lines)
 
 
 def inspection(found: dict[str, Any]) -> str:
@@ -186,7 +194,7 @@ def inspection(found: dict[str, Any]) -> str:
         lines.append(f"  problem       {found['problem']}")
     if found.get("hint"):
         lines.append(f"  hint          {found['hint']}")
-    return "\n".join(lines)
+    return _text(lines)
 
 
 def _memory(found: dict[str, Any]) -> list[str]:
@@ -265,7 +273,7 @@ def matrix(reaches: list[Any]) -> str:
         "=  bits only move   ~  exact to float rounding   1  cannot be undone   .  refused",
         "*  refused for checkpoints with certain traits; `llmconvert specs NAME` says which, and why",
     ]
-    return "\n".join(lines)
+    return _text(lines)
 
 
 def spec_page(spec: Any, file: str, reaches: list[Any]) -> str:
@@ -288,4 +296,4 @@ def spec_page(spec: Any, file: str, reaches: list[Any]) -> str:
         lines += [f"                 · {step}" for step in r.steps]
         if r.unless and r.verdict != "no":
             lines.append(f"                 refused for checkpoints with: {', '.join(r.unless)}")
-    return "\n".join(lines)
+    return _text(lines)
