@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmconvert.cli.options import Overwrite, Resume
 from llmconvert.cli.output import Output
 from llmconvert.errors import BadInput, Usage
 
@@ -45,8 +46,8 @@ def infer(
     batch_size: Annotated[str, typer.Option(help="most rows of a batch, or auto")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (as stored), float32, bfloat16, float16, float64")] = "auto",
     split: Annotated[str, typer.Option(help="split of a Hugging Face dataset")] = "train",
-    resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT, and discard an unfinished run")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="nothing but errors")] = False,
 ) -> None:
