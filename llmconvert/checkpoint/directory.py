@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
+import stat
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,13 +15,20 @@ from typing import Any
 from llmconvert.checkpoint.safetensors import read_header
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.checkpoint.torch_pickle import read_pickle
-from llmconvert.errors import BadInput, InputOutput, Refused, Usage
+from llmconvert.errors import BadInput, InputOutput, LlmconvertError, Refused, Usage
 
 WEIGHT_FILES = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 """Index and single-file names, in the order they are looked for (transformers' own order)."""
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
+"""Git LFS's own bound on a pointer's size (git-lfs/git-lfs, docs/spec.md)."""
+
+_READ_OR_CARRIED = (".json", ".model", ".tiktoken", ".txt", ".jinja", ".py", ".vocab", ".spm")
+"""What the files beside the weights end in that matter to a model."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +115,7 @@ def _open_sharded(directory: Path, index: str) -> tuple[dict[str, StoredTensor],
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput("the index has no `weight_map`", where=where)
     paths = {name: _shard_path(directory, name, index) for name in sorted({str(v) for v in weight_map.values()})}
+    _refuse_pointers(directory, paths)
     tensors: dict[str, StoredTensor] = {}
     owners: dict[str, list[str]] = defaultdict(list)
     for file, path in paths.items():
@@ -126,6 +137,34 @@ def _open_sharded(directory: Path, index: str) -> tuple[dict[str, StoredTensor],
         (f"{len(unlisted)} tensors are in the shards but not in the index: {listing(unlisted)}",) if unlisted else ()
     )
     return tensors, notes
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is a Git LFS pointer: a note of where the file is, left by a clone without `git lfs`."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= _POINTER_BYTES:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
+def _refuse_pointers(directory: Path, names: Iterable[str]) -> None:
+    """Refuse a checkpoint of whose files `names` some were not fetched.
+
+    Raises:
+        BadInput: naming them.
+    """
+    found = sorted(name for name in names if is_pointer(directory / name))
+    if found:
+        several = f"{listing(found)} are Git LFS pointers, not the files themselves"
+        raise BadInput(
+            several if len(found) > 1 else f"`{found[0]}` is a Git LFS pointer, not the file itself",
+            where=str(directory),
+            hint="`git lfs pull` in that directory fetches what is missing",
+        )
 
 
 def listing(names: list[str], limit: int = 4) -> str:
@@ -158,32 +197,48 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         names = set(os.listdir(directory))
     except OSError as error:
         raise InputOutput(f"cannot read the directory: {error.strerror}", where=str(directory)) from None
+    _refuse_pointers(directory, (name for name in names if name.endswith(_READ_OR_CARRIED)))
     for index, single in WEIGHT_FILES:
         if index in names:
             tensors, notes = _open_sharded(directory, index)
             return Checkpoint(directory, read_json(directory / "config.json"), tensors, index, notes)
         if single in names:
             path = _shard_path(directory, single, single)
+            _refuse_pointers(directory, [single])
             return Checkpoint(directory, read_json(directory / "config.json"), _read_file(path))
-    raise _no_weights(directory, names)
+    raise no_weights(directory, names)
 
 
-def _no_weights(directory: Path, names: set[str]) -> Exception:
+_FOREIGN: tuple[tuple[str, str, str], ...] = (
+    ("adapter_config.json", "this is a LoRA adapter without its base model",
+     "merge it into its base first (peft: model.merge_and_unload()), save, and convert that"),
+    ("consolidated*.safetensors", "the weights are in Mistral's own form, whose names are not those of Hugging Face",
+     "fetch the repository's `model*.safetensors`, its index and config.json, which hold the same weights"),
+    ("consolidated*.pth", "the weights are in Meta's own form, whose names are not those of Hugging Face",
+     "fetch the repository in Hugging Face's form (`model*.safetensors`, config.json)"),
+    ("*.gguf", "GGUF files are not read", "convert the original safetensors checkpoint"),
+    ("*.distcp", "this is a torch.distributed checkpoint, not one of Hugging Face's",
+     "load it in the trainer that wrote it and save the model with `save_pretrained`"),
+    ("zero_to_fp32.py", "this is a DeepSpeed checkpoint, whose weights are spread over its ranks",
+     "`python zero_to_fp32.py . OUT` in that directory puts them together"),
+    ("tf_model.h5", "TensorFlow weights are not read", "save the model with `save_pretrained` from PyTorch"),
+    ("flax_model.msgpack", "Flax weights are not read", "save the model with `save_pretrained` from PyTorch"),
+)  # fmt: skip
+"""What marks a directory of another kind (a pattern of names), what it is, and what to do."""
+
+
+def no_weights(directory: Path, names: set[str]) -> LlmconvertError:
+    """Why a directory with these entries holds no weights that are read: it is of another kind, or around one, or not whole."""
     where = str(directory)
-    if "adapter_config.json" in names:
-        return Refused(
-            "this is a LoRA adapter without its base model",
-            where=where,
-            hint="merge it into its base first (peft: model.merge_and_unload()), save, and convert that",
-        )
     if "latest_checkpointed_iteration.txt" in names or any(name.startswith("mp_rank_") for name in names):
         return Usage(
             "this is a Megatron checkpoint",
             where=where,
             hint="`llmconvert merge` makes a Hugging Face checkpoint of it, `llmconvert reshard` cuts it anew",
         )
-    if any(name.endswith(".gguf") for name in names):
-        return Refused("GGUF files are not read", where=where, hint="convert the original safetensors checkpoint")
+    for pattern, what, hint in _FOREIGN:
+        if fnmatch.filter(names, pattern):
+            return Refused(what, where=where, hint=hint)
     shards = sorted(name for name in names if name.endswith((".safetensors", ".bin")))
     if shards:
         return BadInput(
@@ -191,5 +246,37 @@ def _no_weights(directory: Path, names: set[str]) -> Exception:
             where=where,
             hint="download `model.safetensors.index.json` (or `pytorch_model.bin.index.json`) too",
         )
-    expected = ", ".join(f"`{name}`" for pair in WEIGHT_FILES for name in pair)
-    return BadInput(f"the directory holds no weights (none of {expected})", where=where)
+    return _around(directory, names) or BadInput(
+        f"the directory holds no weights (none of {', '.join(f'`{name}`' for pair in WEIGHT_FILES for name in pair)})",
+        where=where,
+    )
+
+
+def _around(directory: Path, names: set[str]) -> Usage | None:
+    """The error for a directory that holds checkpoints further down: the hub's cache, a parent."""
+    cached = sorted(name for name in names if name.startswith("models--"))
+    if not cached and "hub" in names:
+        cached = sorted(name for name in _entries(directory / "hub") if name.startswith("models--"))
+    if cached:
+        ids = [name.removeprefix("models--").replace("--", "/") for name in cached]
+        return Usage(
+            f"this is the hub's cache, with {listing(ids)} in it", where=str(directory), hint="give such an id"
+        )
+    below = [f"snapshots/{name}" for name in _entries(directory / "snapshots")] if "snapshots" in names else sorted(names)
+    weights = {name for pair in WEIGHT_FILES for name in pair}
+    found = [name for name in below if weights & _entries(directory / name)]
+    if not found:
+        return None
+    return Usage(
+        f"the directory holds no weights itself; there {'is a checkpoint' if len(found) == 1 else 'are checkpoints'} "
+        f"in {listing(found)}",
+        where=str(directory),
+        hint=f"give `{directory / found[-1]}`",
+    )
+
+
+def _entries(directory: Path) -> set[str]:
+    try:
+        return set(os.listdir(directory))
+    except OSError:
+        return set()
