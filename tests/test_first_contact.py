@@ -194,3 +194,18 @@ def test_a_checkpoint_in_both_forms_is_read(tmp_path: Path) -> None:
     source = checkpoints.make("mistral", tmp_path)
     (source / "consolidated.safetensors").write_text("another form of the same")
     assert open_checkpoint(source).tensors
+
+
+@pytest.mark.parametrize("command", [("verify", "SRC", "SRC"), ("debug", "topk-token", "SRC", "--input-ids", "1,2"),
+                                     ("merge", "SRC", "out"), ("reshard", "SRC", "out"), ("roundtrip", "SRC")])  # fmt: skip
+def test_every_command_has_the_same_door(command: tuple[str, ...], tmp_path: Path) -> None:
+    source = checkpoints.make("llama", tmp_path / "src")
+    (source / "model-00002-of-00003.safetensors").write_text(POINTER)
+    for path, fragments in (
+        (str(source)[:-1] + "k", ("no such directory", f"there is `{source}`")),
+        (str(source), ("mp_rank_", "split") if command[0] in ("merge", "reshard") else ("LFS pointer", "git lfs pull")),
+    ):
+        own = [path if word == "SRC" else word for word in command]
+        done = subprocess.run([sys.executable, "-m", "llmconvert", *own], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == (2 if "such" in fragments[0] else 4), done.stderr
+        assert fragments[0] in done.stderr and fragments[1] in done.stderr, done.stderr

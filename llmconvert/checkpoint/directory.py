@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from llmconvert.checkpoint.hub import download, what_is_there
 from llmconvert.checkpoint.safetensors import read_header
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.checkpoint.torch_pickle import read_pickle
@@ -115,7 +116,7 @@ def _open_sharded(directory: Path, index: str) -> tuple[dict[str, StoredTensor],
     if not isinstance(weight_map, dict) or not weight_map:
         raise BadInput("the index has no `weight_map`", where=where)
     paths = {name: _shard_path(directory, name, index) for name in sorted({str(v) for v in weight_map.values()})}
-    _refuse_pointers(directory, paths)
+    refuse_pointers(directory, paths)
     tensors: dict[str, StoredTensor] = {}
     owners: dict[str, list[str]] = defaultdict(list)
     for file, path in paths.items():
@@ -151,7 +152,7 @@ def is_pointer(path: Path) -> bool:
         return False
 
 
-def _refuse_pointers(directory: Path, names: Iterable[str]) -> None:
+def refuse_pointers(directory: Path, names: Iterable[str]) -> None:
     """Refuse a checkpoint of whose files `names` some were not fetched.
 
     Raises:
@@ -173,6 +174,21 @@ def listing(names: list[str], limit: int = 4) -> str:
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
+def require_directory(path: Path) -> Path:
+    """A path that must be a directory here.
+
+    Raises:
+        Usage: it is not there, or a file.
+    """
+    if not path.exists():
+        raise Usage("no such directory", where=str(path), hint=what_is_there(str(path), "give a checkpoint directory"))
+    if not path.is_dir():
+        raise Usage(
+            "a checkpoint is a directory, this is a file", where=str(path), hint="name the directory around it"
+        )
+    return path
+
+
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint directory by reading its config and its weight files' headers.
 
@@ -185,26 +201,19 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         Refused: the directory holds adapters only, or a pickle that would run code.
     """
     directory = Path(source)
-    if not directory.exists():
-        from llmconvert.checkpoint.hub import download
-
-        directory = download(str(source))
-    if not directory.is_dir():
-        raise Usage(
-            "a checkpoint is a directory, this is a file", where=str(source), hint="name the directory around it"
-        )
+    directory = require_directory(directory if directory.exists() else download(str(source)))
     try:
         names = set(os.listdir(directory))
     except OSError as error:
         raise InputOutput(f"cannot read the directory: {error.strerror}", where=str(directory)) from None
-    _refuse_pointers(directory, (name for name in names if name.endswith(_READ_OR_CARRIED)))
+    refuse_pointers(directory, (name for name in names if name.endswith(_READ_OR_CARRIED)))
     for index, single in WEIGHT_FILES:
         if index in names:
             tensors, notes = _open_sharded(directory, index)
             return Checkpoint(directory, read_json(directory / "config.json"), tensors, index, notes)
         if single in names:
             path = _shard_path(directory, single, single)
-            _refuse_pointers(directory, [single])
+            refuse_pointers(directory, [single])
             return Checkpoint(directory, read_json(directory / "config.json"), _read_file(path))
     raise no_weights(directory, names)
 

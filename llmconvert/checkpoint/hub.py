@@ -42,10 +42,10 @@ def download(identifier: str) -> Path:
     """
     name, at, revision = identifier.partition("@")
     if not _HUB_ID.fullmatch(identifier) or any(part.startswith(".") for part in name.split("/")):
-        raise Usage("no such directory", where=identifier, hint=_what_is_there(identifier))
+        raise Usage("no such directory", where=identifier, hint=what_is_there(identifier))
     if not at and os.path.isdir(name.split("/")[0]) and not _cached(name):
         meant = f"for a model of the hub, name its revision too: `{name}@main`"
-        raise Usage("no such directory", where=identifier, hint=f"{_what_is_there(identifier)}; {meant}")
+        raise Usage("no such directory", where=identifier, hint=f"{what_is_there(identifier)}; {meant}")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -104,8 +104,8 @@ def _not_given(identifier: str, error: Exception) -> InputOutput:
     )
 
 
-def _what_is_there(path: str) -> str:
-    """A hint for a path that does not exist: names like it, or how far it goes."""
+def what_is_there(path: str, otherwise: str = "give a directory or a hub id such as `Qwen/Qwen2.5-7B`") -> str:
+    """A hint for a path that does not exist: names like it, how far it goes, or what to do `otherwise`."""
     if os.path.islink(path):
         return f"it is a link to `{os.readlink(path)}`, which is not there"
     folder, missing = os.path.split(os.path.normpath(path))
@@ -119,4 +119,4 @@ def _what_is_there(path: str) -> str:
         return f"there is {', '.join(f'`{os.path.join(folder, name)}`' for name in near)}"
     if folder:
         return f"`{folder}` is there, `{missing}` in it is not"
-    return "give a directory or a hub id such as `Qwen/Qwen2.5-7B`"
+    return otherwise

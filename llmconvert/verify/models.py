@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from llmconvert.checkpoint.directory import read_json, refuse_pointers, require_directory
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
 from llmconvert.errors import BadInput, LlmconvertError, Refused
 from llmconvert.verify.reference import find_reference
@@ -107,11 +108,14 @@ def weight_files(directory: Path) -> list[Path]:
     for index, single in _LAYOUTS:
         try:
             if (directory / index).is_file():
+                refuse_pointers(directory, [index])
                 names = set(json.loads((directory / index).read_text(encoding="utf-8"))["weight_map"].values())
+                refuse_pointers(directory, names)
                 return [directory / name for name in sorted(names)]
         except (ValueError, KeyError, AttributeError) as error:
             raise BadInput(f"the index cannot be read: {error}", where=str(directory / index)) from None
         if (directory / single).is_file():
+            refuse_pointers(directory, [single])
             return [directory / single]
     raise BadInput("the directory holds no weights", where=str(directory))
 
@@ -120,15 +124,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json.
 
     Raises:
+        Usage: there is no such directory.
         BadInput: there is none, or it is not a JSON object.
     """
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"config.json cannot be read: {error}", where=str(directory)) from None
-    if not isinstance(config, dict):
-        raise BadInput("config.json is not an object", where=str(directory))
-    return config
+    refuse_pointers(require_directory(directory), ["config.json"])
+    return read_json(directory / "config.json")
 
 
 def config_of(directory: Path) -> dict[str, Any]:
