@@ -157,16 +157,20 @@ def there_and_back(found: Any) -> str:
 def inspection(found: dict[str, Any]) -> str:
     """What a checkpoint is."""
     lines = [f"{found['path']}"]
+    unread = f"{found.get('named') or 'not named'}: no spec reads it"
     lines.append(
-        f"  architecture  {found['architecture'] or 'unknown'}" + (f" ({found['title']})" if "title" in found else "")
+        f"  architecture  {found['architecture'] or unread}" + (f" ({found['title']})" if "title" in found else "")
     )
-    lines.append(f"  parameters    {found['parameters']:,} in {found['tensors']} tensors, {size(found['bytes'])}")
-    lines.append("  dtypes        " + ", ".join(f"{count} {name}" for name, count in found["dtypes"].items()))
-    lines.append(
-        f"  files         {len(found['files'])}: "
-        + ", ".join(f["name"] for f in found["files"][:4])
-        + (", …" if len(found["files"]) > 4 else "")
-    )
+    if found.get("quantised"):
+        lines.append(f"  quantised     {found['quantised']}")
+    count = "not counted" if found["parameters"] is None else f"{found['parameters']:,}"
+    held = "" if found["tensors"] is None else f" in {found['tensors']} tensors, {size(found['bytes'])}"
+    lines.append(f"  parameters    {count}{held}")
+    if found["dtypes"]:
+        lines.append("  dtypes        " + ", ".join(f"{count} {name}" for name, count in found["dtypes"].items()))
+    if found["files"]:
+        names = ", ".join(f["name"] for f in found["files"][:4]) + (", …" if len(found["files"]) > 4 else "")
+        lines.append(f"  files         {len(found['files'])}: {names}")
     if "config" in found:
         lines.append(
             "  config        "
@@ -243,7 +247,9 @@ def _inference(found: dict[str, Any]) -> str:
     expanded = found.get("kv_cache_per_token_expanded")
     kind += f" ({size(expanded)} with keys and values expanded)" if expanded else ""
     token, thousand = size(found["kv_cache_per_token"]), size(found["kv_cache_per_1k_tokens"])
-    weights = size(found["weights"]) + (f" ({size(found['weights_fp8'])} in FP8)" if "weights_fp8" in found else "")
+    weights = size(found["weights"])
+    for key, how in (("weights_fp8", "in FP8"), ("weights_stored", "as stored")):
+        weights += f" ({size(found[key])} {how})" if key in found else ""
     return f"weights {weights}; KV cache {token} a token{kind}, {thousand} for {found['kv_cache_tokens']:,}"
 
 
