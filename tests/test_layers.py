@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "checkpoint": {"errors"},
     "tensors": {"errors", "checkpoint"},
     "canonical": {"errors", "checkpoint", "tensors"},
-    "spec": {"errors", "checkpoint", "tensors", "canonical", "specs"},  # it loads `specs`, by name
+    "spec": {"errors", "terminal", "checkpoint", "tensors", "canonical", "specs"},  # it loads `specs`, by name
     "specs": {"errors", "canonical", "spec"},
     "engine": {"errors", "checkpoint", "tensors"},
     "infer": {"errors", "terminal", "checkpoint", "models"},

@@ -598,19 +598,24 @@ def megatron_args(
 def new_spec(
     source: Source,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write; stdout if absent")] = None,
+    json: Json = False,
 ) -> None:
     """Draft a spec for an architecture nobody has described yet, and check it against the checkpoint."""
+    from dataclasses import asdict
+
     from llmconvert.spec.draft import draft
 
+    if output is not None and output.exists():
+        raise Usage("the file exists", where=str(output), hint="name another")
     found = draft(source)
-    if output is None:
-        print(found.text, end="")
-    else:
-        if output.exists():
-            raise Usage("the file exists", where=str(output), hint="name another")
+    if output is not None:
         output.write_text(found.text, encoding="utf-8")
-    for line in found.remarks:
-        print(line, file=sys.stderr)
+    Output(json_mode=json).result(
+        {**asdict(found), "output": None if output is None else str(output)}, found.text.rstrip() if output is None else None
+    )
+    if not json:
+        for line in found.remarks:
+            say(line)
 
 
 app.command()(infer)

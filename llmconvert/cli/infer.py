@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmconvert.cli.options import Overwrite, Resume
-from llmconvert.cli.output import Output
+from llmconvert.cli.output import Output, say
 from llmconvert.errors import BadInput, Usage
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def infer(
     Output(json_mode=json, quiet=quiet).result(summary.to_dict(), _table(summary))
     if summary.rows and summary.errors == summary.rows:
         if not json and not quiet:
-            typer.echo(f"error: no row has an answer; {summary.first_error}", err=True)
+            say(f"error: no row has an answer; {summary.first_error}")
         raise typer.Exit(BadInput.exit_code)
 
 
