@@ -53,7 +53,7 @@ def download(identifier: str) -> Path:
     ignored = ["original/*", "consolidated*", "*/*"]
     try:
         # One request, which is not repeated: whether the hub is there and has the model is soon known.
-        listed = HfApi().repo_info(name, revision=revision or None, timeout=10).siblings or []
+        listed = HfApi().model_info(name, revision=revision or None, timeout=10).siblings or []
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise _not_given(identifier, error) from None
     except Exception as error:
