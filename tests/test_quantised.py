@@ -232,6 +232,8 @@ def test_an_unknown_model_is_counted_by_its_tensors(form: str, tmp_path: Path) -
     # Whichever comes first, both are said: neither alone would help.
     said = _said(source, tmp_path)
     first, besides, second = said["split"].partition("; besides, ")
+    hint = inspect(source)["hint"]
+    assert hint.startswith("take the original 16-bit checkpoint; then `llmconvert new-spec DIR` drafts")
     assert besides and second == "no spec reads `strange` (StrangeForCausalLM)"
     assert ("quantised" in first or "FP8" in first) and said.pop("new-spec") == first  # which is for models no spec reads
     assert len(set(said.values())) == 1, said
@@ -260,6 +262,7 @@ def test_mxfp4_experts_are_counted(tmp_path: Path) -> None:
     found = inspect(tmp_path)
     assert found["parameters"] == 4 * 128 * 96 + 4 * 128 + 8
     assert "quantised (mxfp4" in found["problem"] and "GPT-OSS is known and not read" in found["problem"]
+    assert found["hint"].startswith("keep the checkpoint in its own architecture")
 
 
 def test_scales_of_fp8_are_no_parameters(tmp_path: Path) -> None:

@@ -89,7 +89,9 @@ class Registry:
         except Refused as error:
             if unread is None:
                 raise
-            raise Refused(f"{unread.what}; besides, {error.what}", where=unread.where, hint=error.hint) from None
+            known = isinstance(self._claimed(checkpoint.config), Refused)  # and then the original is of no use either
+            hint = error.hint if known else f"take the original 16-bit checkpoint; then {error.hint}"
+            raise Refused(f"{unread.what}; besides, {error.what}", where=unread.where, hint=hint) from None
         if unread is not None:
             raise unread
         return spec
