@@ -241,11 +241,11 @@ def draft(source: str) -> Draft:
     text = _render(checkpoint, config_lines, lines)
     doubts = len(lines.undecided) + sum("  # " in line for line in lines.rows + config_lines)
     fault = _fault(checkpoint, text)
-    dropped = len(lines.drops) and f"{sum(len(own) for kind, own in kinds.items() if _is_buffer(kind))} dropped"
+    dropped = sum(len(own) for kind, own in kinds.items() if _is_buffer(kind))
     near = nearest(known.specs.values(), checkpoint.config, checkpoint.tensors)
     remarks = [
         f"the draft does not explain the checkpoint yet: {fault}" if fault else
-        f"the draft explains all {len(checkpoint.tensors)} tensors ({dropped or '0 dropped'})",
+        f"the draft explains all {len(checkpoint.tensors)} tensors ({dropped} dropped)",
         f"left for you to decide: {doubts}; names and shapes cannot tell rotary layout, norms or scales: compare logits",
     ]  # fmt: skip
     if near is not None:
