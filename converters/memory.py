@@ -96,6 +96,7 @@ def describe_memory(
     *,
     written: Written | None = None,
     quantised: int | None = None,
+    unread: int | None = None,
 ) -> dict[str, Any]:
     """Parameters by part and memory, as a JSON-ready dictionary; sizes are in bytes.
 
@@ -105,6 +106,7 @@ def describe_memory(
         lowered: the model as megatron-core holds it; called where a grid cuts it.
         written: how it is cut already, if it is.
         quantised: bytes of the weights as stored, where FP8 is among them.
+        unread: bytes of the weights as stored, in a form that is not read.
 
     Raises:
         Usage: the grid does not fit the model.
@@ -121,7 +123,8 @@ def describe_memory(
         "active_parameters": memory.active_parameters(config) if config.num_experts else None,
         "inference": {
             "dtype": TO_NAME[dtype], "weights": sum(e.nbytes for e in model.tensors.values()),
-            **({"weights_fp8": quantised} if quantised else {}), **_kv_cache(config, config.num_hidden_layers, 1, dtype),
+            **({"weights_fp8": quantised} if quantised else {}), **({"weights_stored": unread} if unread else {}),
+            **_kv_cache(config, config.num_hidden_layers, 1, dtype),
         },
         "training": {"convention": convention, **_states(whole, Parallelism(gradients=gradients))},
     }  # fmt: skip

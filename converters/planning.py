@@ -147,12 +147,10 @@ def plan_conversion(
         raise Usage("`--keep-fp8` keeps every tensor's dtype: leave out `--dtype`")
     code = FROM_NAME[dtype] if dtype and dtype != FP8_BLOCKS else None
     checkpoint = unfused(opened or open_checkpoint(source))
+    spec = known.identify(checkpoint, source_name)
     block = quantisation(checkpoint)
     if keep_fp8 and block is None:
         raise Usage("`--keep-fp8`: the checkpoint is not FP8", hint="leave it out")
-    spec = (
-        known.get(source_name) if source_name else known.detect(checkpoint.config, checkpoint.tensors, checkpoint.path)
-    )
     accept(known, spec)
     target = target_for(known, to, checkpoint)
     config = read_config(spec, checkpoint.config, checkpoint.tensors)

@@ -387,6 +387,8 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     source = checkpoints.make("qwen2", tmp_path / "src")
     script = (
         "import os, signal\n"
+        # In the background of a shell interrupts are ignored, and what is ignored stays so in a child.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "real, calls = os.pwrite, 0\n"
         "def slow(*a):\n"
         "    global calls\n"

@@ -11,6 +11,7 @@ import checkpoints
 import pytest
 import torch
 
+from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.converters.huggingface import convert
 from llmconvert.converters.planning import plan_conversion
 from llmconvert.errors import BadInput, Refused
@@ -186,11 +187,12 @@ def test_which_baichuan_it_is(
     if code is not None:
         (tmp_path / "modeling_baichuan.py").write_text(code)
     config = {**BAICHUAN, **changes}
+    stored = {name: StoredTensor(name, tmp_path / "model.safetensors", 0, "F32", (4,)) for name in names}
     if spec is not None:
-        assert registry().detect(config, names, tmp_path).name == spec
+        assert registry().detect(config, stored, tmp_path).name == spec
         return
     with pytest.raises(Refused, match="does not tell which") as caught:
-        registry().detect(config, names, tmp_path)
+        registry().detect(config, stored, tmp_path)
     assert "--from" in str(caught.value.hint) and '"norm_head"' in str(caught.value.hint)
 
 

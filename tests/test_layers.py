@@ -13,18 +13,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 MAY_IMPORT = {
     "errors": set(),
+    "terminal": set(),
     "checkpoint": {"errors"},
     "tensors": {"errors", "checkpoint"},
     "canonical": {"errors", "checkpoint", "tensors"},
-    "spec": {"errors", "checkpoint", "tensors", "canonical", "specs"},  # it loads `specs`, by name
+    "spec": {"errors", "terminal", "checkpoint", "tensors", "canonical", "specs"},  # it loads `specs`, by name
     "specs": {"errors", "canonical", "spec"},
     "engine": {"errors", "checkpoint", "tensors"},
-    "infer": {"errors", "checkpoint", "engine", "models"},
+    "infer": {"errors", "terminal", "checkpoint", "engine", "models"},
     "training": {"errors", "checkpoint"},
     # A proof must not share the code it judges: no spec, no specs, no canonical, no converters.
     "models": {"errors"},
-    "verify": {"errors", "checkpoint", "tensors", "engine", "models"},
-    "debug": {"errors", "checkpoint", "models", "verify"},
+    "verify": {"errors", "terminal", "checkpoint", "tensors", "engine", "models"},
+    "debug": {"errors", "terminal", "checkpoint", "models", "verify"},
     "converters": {"errors", "checkpoint", "tensors", "canonical", "spec", "specs", "engine", "verify"},
 }
 HEAVY = {"torch", "transformers", "accelerate"}

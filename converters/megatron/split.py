@@ -129,7 +129,7 @@ def plan_split(
         raise Usage("`--make-vocab-size-divisible-by` must be at least 1")
     known = registry(spec_file)
     checkpoint = unfused(open_checkpoint(source))
-    spec = known.detect(checkpoint.config, checkpoint.tensors, checkpoint.path)
+    spec = known.identify(checkpoint)
     config = read_config(spec, checkpoint.config, checkpoint.tensors)
     lifted = lift(spec, checkpoint, config, dtype=FROM_NAME[dtype or "bfloat16"])
     try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import stat
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,16 +15,24 @@ from llmconvert.checkpoint.config import read_config
 from llmconvert.checkpoint.files import check_inside, shown
 from llmconvert.checkpoint.files import read_json as read_json
 from llmconvert.checkpoint.files import stays_inside as stays_inside
+from llmconvert.checkpoint.hub import download, what_is_there
 from llmconvert.checkpoint.safetensors import read_header
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.checkpoint.torch_pickle import read_pickle
-from llmconvert.errors import BadInput, InputOutput, Refused, Usage
+from llmconvert.errors import BadInput, InputOutput, LlmconvertError, Refused, Usage
 
 WEIGHT_FILES = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
 """Index and single-file names, in the order they are looked for (transformers' own order)."""
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_POINTER_BYTES = 1024
+"""Git LFS's own bound on a pointer's size (git-lfs/git-lfs, docs/spec.md)."""
+
+_READ_OR_CARRIED = (".json", ".model", ".tiktoken", ".txt", ".jinja", ".py", ".vocab", ".spm")
+"""What the files beside the weights end in that matter to a model."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,7 @@ def _open_sharded(directory: Path, index: str) -> tuple[dict[str, StoredTensor],
         if not isinstance(name, str) or not name:
             raise BadInput(f"the index names the file {shown(name)}, which is not a file name", where=where)
     paths = {name: _shard_path(directory, name, index) for name in sorted(set(weight_map.values()))}
+    refuse_pointers(directory, paths)
     tensors: dict[str, StoredTensor] = {}
     owners: dict[str, list[str]] = defaultdict(list)
     for file, path in paths.items():
@@ -101,10 +113,53 @@ def _open_sharded(directory: Path, index: str) -> tuple[dict[str, StoredTensor],
     return tensors, notes
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file is a Git LFS pointer: a note of where the file is, left by a clone without `git lfs`."""
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= _POINTER_BYTES:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
+def refuse_pointers(directory: Path, names: Iterable[str]) -> None:
+    """Refuse a checkpoint of whose files `names` some were not fetched.
+
+    Raises:
+        BadInput: naming them.
+    """
+    found = sorted(name for name in names if is_pointer(directory / name))
+    if found:
+        several = f"{listing(found)} are Git LFS pointers, not the files themselves"
+        raise BadInput(
+            several if len(found) > 1 else f"`{found[0]}` is a Git LFS pointer, not the file itself",
+            where=str(directory),
+            hint="`git lfs pull` in that directory fetches what is missing",
+        )
+
+
 def listing(names: list[str], limit: int = 4) -> str:
     """The first few of `names`, in backticks, and how many more there are."""
     shown = ", ".join(f"`{name}`" for name in names[:limit])
     return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def require_directory(path: Path) -> Path:
+    """A path that must be a directory here.
+
+    Raises:
+        Usage: it is not there, or a file.
+    """
+    if not path.exists():
+        raise Usage("no such directory", where=str(path), hint=what_is_there(str(path), "give a checkpoint directory"))
+    if not path.is_dir():
+        raise Usage(
+            "a checkpoint is a directory, this is a file", where=str(path), hint="name the directory around it"
+        )
+    return path
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
@@ -119,18 +174,12 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         Refused: the directory holds adapters only, or a pickle that would run code.
     """
     directory = Path(source)
-    if not directory.exists():
-        from llmconvert.checkpoint.hub import download
-
-        directory = download(str(source))
-    if not directory.is_dir():
-        raise Usage(
-            "a checkpoint is a directory, this is a file", where=str(source), hint="name the directory around it"
-        )
+    directory = require_directory(directory if directory.exists() else download(str(source)))
     try:
         names = set(os.listdir(directory))
     except OSError as error:
         raise InputOutput(f"cannot read the directory: {error.strerror}", where=str(directory)) from None
+    refuse_pointers(directory, (name for name in names if name.endswith(_READ_OR_CARRIED)))
     for index, single in WEIGHT_FILES:
         if index in names:
             config = read_config(directory)
@@ -139,26 +188,41 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         if single in names:
             config = read_config(directory)
             path = _shard_path(directory, single, single)
+            refuse_pointers(directory, [single])
             return Checkpoint(directory, config, _read_file(path))
-    raise _no_weights(directory, names)
+    raise no_weights(directory, names)
 
 
-def _no_weights(directory: Path, names: set[str]) -> Exception:
+_FOREIGN: tuple[tuple[str, str, str], ...] = (
+    ("adapter_config.json", "this is a LoRA adapter without its base model",
+     "merge it into its base first (peft: model.merge_and_unload()), save, and convert that"),
+    ("consolidated*.safetensors", "the weights are in Mistral's own form, whose names are not those of Hugging Face",
+     "fetch the repository's `model*.safetensors`, its index and config.json, which hold the same weights"),
+    ("consolidated*.pth", "the weights are in Meta's own form, whose names are not those of Hugging Face",
+     "fetch the repository in Hugging Face's form (`model*.safetensors`, config.json)"),
+    ("*.gguf", "GGUF files are not read", "convert the original safetensors checkpoint"),
+    ("*.distcp", "this is a torch.distributed checkpoint, not one of Hugging Face's",
+     "load it in the trainer that wrote it and save the model with `save_pretrained`"),
+    ("zero_to_fp32.py", "this is a DeepSpeed checkpoint, whose weights are spread over its ranks",
+     "`python zero_to_fp32.py . OUT` in that directory puts them together"),
+    ("tf_model.h5", "TensorFlow weights are not read", "save the model with `save_pretrained` from PyTorch"),
+    ("flax_model.msgpack", "Flax weights are not read", "save the model with `save_pretrained` from PyTorch"),
+)  # fmt: skip
+"""What marks a directory of another kind (a pattern of names), what it is, and what to do."""
+
+
+def no_weights(directory: Path, names: set[str]) -> LlmconvertError:
+    """Why a directory with these entries holds no weights that are read: it is of another kind, or around one, or not whole."""
     where = str(directory)
-    if "adapter_config.json" in names:
-        return Refused(
-            "this is a LoRA adapter without its base model",
-            where=where,
-            hint="merge it into its base first (peft: model.merge_and_unload()), save, and convert that",
-        )
     if "latest_checkpointed_iteration.txt" in names or any(name.startswith("mp_rank_") for name in names):
         return Usage(
             "this is a Megatron checkpoint",
             where=where,
             hint="`llmconvert merge` makes a Hugging Face checkpoint of it, `llmconvert reshard` cuts it anew",
         )
-    if any(name.endswith(".gguf") for name in names):
-        return Refused("GGUF files are not read", where=where, hint="convert the original safetensors checkpoint")
+    for pattern, what, hint in _FOREIGN:
+        if fnmatch.filter(names, pattern):
+            return Refused(what, where=where, hint=hint)
     shards = sorted(name for name in names if name.endswith((".safetensors", ".bin")))
     if shards:
         return BadInput(
@@ -166,5 +230,37 @@ def _no_weights(directory: Path, names: set[str]) -> Exception:
             where=where,
             hint="download `model.safetensors.index.json` (or `pytorch_model.bin.index.json`) too",
         )
-    expected = ", ".join(f"`{name}`" for pair in WEIGHT_FILES for name in pair)
-    return BadInput(f"the directory holds no weights (none of {expected})", where=where)
+    return _around(directory, names) or BadInput(
+        f"the directory holds no weights (none of {', '.join(f'`{name}`' for pair in WEIGHT_FILES for name in pair)})",
+        where=where,
+    )
+
+
+def _around(directory: Path, names: set[str]) -> Usage | None:
+    """The error for a directory that holds checkpoints further down: the hub's cache, a parent."""
+    cached = sorted(name for name in names if name.startswith("models--"))
+    if not cached and "hub" in names:
+        cached = sorted(name for name in _entries(directory / "hub") if name.startswith("models--"))
+    if cached:
+        ids = [name.removeprefix("models--").replace("--", "/") for name in cached]
+        return Usage(
+            f"this is the hub's cache, with {listing(ids)} in it", where=str(directory), hint="give such an id"
+        )
+    below = [f"snapshots/{name}" for name in _entries(directory / "snapshots")] if "snapshots" in names else sorted(names)
+    weights = {name for pair in WEIGHT_FILES for name in pair}
+    found = [name for name in below if weights & _entries(directory / name)]
+    if not found:
+        return None
+    return Usage(
+        f"the directory holds no weights itself; there {'is a checkpoint' if len(found) == 1 else 'are checkpoints'} "
+        f"in {listing(found)}",
+        where=str(directory),
+        hint=f"give `{directory / found[-1]}`",
+    )
+
+
+def _entries(directory: Path) -> set[str]:
+    try:
+        return set(os.listdir(directory))
+    except OSError:
+        return set()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llmconvert.checkpoint.config import ARGUMENTS, ITERATION, check
-from llmconvert.checkpoint.directory import listing
+from llmconvert.checkpoint.directory import listing, require_directory
 from llmconvert.checkpoint.files import read_bytes, shown
 from llmconvert.checkpoint.stored import StoredTensor, is_name
 from llmconvert.checkpoint.torch_dist import METADATA, open_torch_dist
@@ -121,8 +121,10 @@ def release_folder(directory: Path, iteration: int | None = None) -> Path:
     """The folder of one iteration: the one asked for, else the latest.
 
     Raises:
+        Usage: there is no such directory.
         BadInput: there is no such folder, or the tracker file cannot be understood.
     """
+    require_directory(directory)
     if iteration is not None:
         folder = directory / f"iter_{iteration:07d}"
     elif (directory / LATEST).is_file():
@@ -159,7 +161,9 @@ def open_megatron(directory: Path, *, iteration: int | None = None, trust_pickle
     if (release / METADATA).is_file():
         return _open_dist(directory, release, trust_pickle)
     if not folders:
-        raise BadInput("there are no `mp_rank_…` folders", where=str(release))
+        other = (release / "config.json").is_file()
+        hint = "this is a Hugging Face checkpoint: `llmconvert split` makes a Megatron one of it" if other else None
+        raise BadInput("there are no `mp_rank_…` folders", where=str(release), hint=hint)
     args = _plain(_rank_file(next(iter(folders.values())) / RANK_FILE, trust_pickle).get("args"), release)
     files, tp, pp, ep, etp = _files(release, folders, args)
     tensors: dict[Place, dict[str, tuple[Tile, ...]]] = {}

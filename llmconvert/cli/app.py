@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ import typer
 import llmconvert
 from llmconvert.cli import channel_loss, debug
 from llmconvert.cli.infer import infer
-from llmconvert.cli.output import Output, show_error
-from llmconvert.errors import LlmconvertError, Refused, Usage
+from llmconvert.cli.options import Overwrite, Resume
+from llmconvert.cli.output import Output, say, show_error
+from llmconvert.errors import InputOutput, LlmconvertError, Refused, Usage
 from llmconvert.spec.registry import Registry, registry
 
 if TYPE_CHECKING:
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Convert, shard and prove LLM checkpoints.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -49,8 +50,6 @@ Verify = Annotated[str, typer.Option(help="none; weights (ledger and round trip)
 Workers = Annotated[int | None, typer.Option(help="threads; as many as processors, at most 8, if absent")]
 Device = Annotated[str, typer.Option(help="where logits are computed: auto (CUDA where there is one), cpu, cuda:1")]
 Load = Annotated[str, typer.Option(help="models for logits: whole, by layers (one block in memory at a time), or auto")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace DST, and discard an unfinished run")]
-Resume = Annotated[bool, typer.Option("--resume", help="go on with an unfinished run")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the plan and write nothing")]
 Sync = Annotated[bool, typer.Option("--sync/--no-sync", help="have the disk confirm every byte before DST appears")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
@@ -297,7 +296,7 @@ def verify_command(
         report.write_text(render_page(value, str(left), str(right), equality), encoding="utf-8")
     if not found.verdict or (engine is not None and not engine["verdict"]):
         if report is None and not json and not quiet:
-            print("hint: add `--report FILE.html` for the differences of every layer", file=sys.stderr)
+            say("hint: add `--report FILE.html` for the differences of every layer")
         raise typer.Exit(ProofFailed.exit_code)
 
 
@@ -599,19 +598,24 @@ def megatron_args(
 def new_spec(
     source: Source,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="file to write; stdout if absent")] = None,
+    json: Json = False,
 ) -> None:
     """Draft a spec for an architecture nobody has described yet, and check it against the checkpoint."""
+    from dataclasses import asdict
+
     from llmconvert.spec.draft import draft
 
+    if output is not None and output.exists():
+        raise Usage("the file exists", where=str(output), hint="name another")
     found = draft(source)
-    if output is None:
-        print(found.text, end="")
-    else:
-        if output.exists():
-            raise Usage("the file exists", where=str(output), hint="name another")
+    if output is not None:
         output.write_text(found.text, encoding="utf-8")
-    for line in found.remarks:
-        print(line, file=sys.stderr)
+    Output(json_mode=json).result(
+        {**asdict(found), "output": None if output is None else str(output)}, found.text.rstrip() if output is None else None
+    )
+    if not json:
+        for line in found.remarks:
+            say(line)
 
 
 app.command()(infer)
@@ -653,6 +657,9 @@ def main(arguments: list[str] | None = None) -> None:
     json_mode, debug = "--json" in arguments, "--debug" in arguments
     if debug:
         arguments = [a for a in arguments if a != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        # What the terminal has no character for is written as a code; it is no reason to fail.
+        getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     try:
         _register(registry())
         code = typer.main.get_command(app).main(arguments, prog_name="llmconvert", standalone_mode=False)
@@ -668,13 +675,26 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if debug:
+            raise
+        refusal = InputOutput(f"the system refuses: {error.strerror or error}", where=_named(error))
+        show_error(refusal, json_mode=json_mode)
+        sys.exit(refusal.exit_code)
     except Exception as error:
         message = getattr(error, "format_message", None)
         if debug or message is None:
             _bug(error, debug, json_mode)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(message(), file=sys.stderr)
+            sys.exit(Usage.exit_code)
         usage = Usage(message().rstrip("."), hint="`llmconvert COMMAND --help` lists the options")
         show_error(usage, json_mode=json_mode)
         sys.exit(usage.exit_code)
+
+
+def _named(error: OSError) -> str | None:
+    return None if error.filename is None else os.fsdecode(error.filename)
 
 
 def _bug(error: Exception, debug: bool, json_mode: bool) -> NoReturn:

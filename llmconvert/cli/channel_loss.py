@@ -9,6 +9,7 @@ import typer
 
 from llmconvert.cli.output import Output
 from llmconvert.errors import Usage
+from llmconvert.terminal import printable
 
 app = typer.Typer(help="The loss of each data source.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -47,7 +48,7 @@ def assign(
     with sink.progress() as progress:
         found = assign_channels(data, output, rule, column=column, overwrite=overwrite, progress=progress)
     total = sum(found.rows.values())
-    lines = [f"  {count:>10,}  {count / total:6.1%}  {name}" for name, count in found.rows.items()]
+    lines = [f"  {count:>10,}  {count / total:6.1%}  {printable(name)}" for name, count in found.rows.items()]
     sink.result(asdict(found), "\n".join([f"{found.output}: {total:,} rows", *lines]))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmconvert.cli.output import Output
+from llmconvert.cli.output import Output, say
 from llmconvert.errors import LlmconvertError, Usage
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def _show(found: list[Seen], png: Path | None, json: bool) -> None:
             raise Usage("the plot's file is a directory, or in one that does not exist", where=str(png.absolute()))
         note = plots.save(found, png)
         if note and not json:
-            print(f"note: {note}", file=sys.stderr)
+            say(f"note: {note}")
     value = found[0].to_dict() if len(found) == 1 else {"a": found[0].to_dict(), "b": found[1].to_dict()}
     Output(json_mode=json).result(value, tables.table(found))
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmconvert.cli.output import Output
+from llmconvert.cli.options import Overwrite, Resume
+from llmconvert.cli.output import Output, say
 from llmconvert.errors import BadInput, Usage
 
 if TYPE_CHECKING:
@@ -54,10 +55,8 @@ def infer(
         ),
     ] = None,
     split: Annotated[str, typer.Option(help="split of a Hugging Face dataset")] = "train",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on with an unfinished run; do nothing if it is finished")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT, and discard an unfinished run")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
     json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="nothing but errors")] = False,
 ) -> None:
@@ -87,7 +86,7 @@ def infer(
     Output(json_mode=json, quiet=quiet).result(summary.to_dict(), _table(summary))
     if summary.rows and summary.errors == summary.rows:
         if not json and not quiet:
-            typer.echo(f"error: no row has an answer; {summary.first_error}", err=True)
+            say(f"error: no row has an answer; {summary.first_error}")
         raise typer.Exit(BadInput.exit_code)
 
 

@@ -1,15 +1,30 @@
-"""Where words go: results on stdout, everything else on stderr, one JSON object on stdout under --json."""
+"""Where words go: results on stdout, everything else on stderr, one JSON object on stdout under --json.
+
+All of it passes through `llmconvert.terminal`, since names and texts of a checkpoint are in most of it.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
 import threading
 import time
 from typing import Any
 
+from llmconvert.cli.render import size
 from llmconvert.engine.processes import Elsewhere, rank
 from llmconvert.errors import LlmconvertError
+from llmconvert.terminal import console, json_text, printable, shortened
+
+
+def say(text: str) -> None:
+    """Write a line on stderr: a remark, a hint, progress."""
+    print(printable(shortened(text)), file=sys.stderr, flush=True)
+
+
+def show_json(value: Any, *, indent: int | None = None) -> None:
+    """Write JSON on stdout, in characters that stdout has."""
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16", "utf32")
+    print(json_text(value, indent=indent, ascii_only=not unicode))
 
 
 class Output:
@@ -29,14 +44,12 @@ class Output:
     def result(self, value: dict[str, Any] | list[Any], human: Any = None) -> None:
         """Show a command's result: `value` as JSON, or `human` (a string or a Rich renderable)."""
         if self.json_mode:
-            print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+            show_json(value, indent=2)
         elif not self.quiet and human is not None:
             if isinstance(human, str):
-                print(human)
+                print(printable(human, lines=True))
                 return
-            from rich.console import Console
-
-            Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(human)
+            console().print(human)
 
     def progress(self, unit: str = "bytes") -> Progress:
         """A progress display, silent where nobody would see it; what it counts are bytes, or `unit`."""
@@ -57,7 +70,6 @@ class Progress:
     def __enter__(self) -> Progress:
         """Start the display."""
         if self._enabled and sys.stderr.isatty():
-            from rich.console import Console
             from rich.progress import (
                 BarColumn,
                 DownloadColumn,
@@ -70,7 +82,7 @@ class Progress:
 
             amount = (DownloadColumn(), TransferSpeedColumn()) if self._unit == "bytes" else (MofNCompleteColumn(),)
             columns = (TextColumn("{task.description:>7}"), BarColumn(), *amount, TimeRemainingColumn())
-            self._bar = Bar(*columns, console=Console(stderr=True))
+            self._bar = Bar(*columns, console=console(stderr=True))
             self._bar.start()
         return self
 
@@ -90,10 +102,9 @@ class Progress:
                 self._bar.update(self._tasks[stage], completed=done)
             elif time.monotonic() - self._said > 10:
                 self._said = time.monotonic()
-                amount = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
-                if self._unit != "bytes":
-                    amount = f"{done} of {total} {self._unit}"
-                print(f"{stage}: {amount}", file=sys.stderr, flush=True)
+                bytewise = self._unit == "bytes"
+                amount = f"{size(done)} of {size(total)}" if bytewise else f"{done} of {total} {self._unit}"
+                say(f"{stage}: {amount}")
 
 
 def show_error(error: LlmconvertError, *, json_mode: bool) -> None:
@@ -109,9 +120,9 @@ def show_error(error: LlmconvertError, *, json_mode: bool) -> None:
             "where": error.where,
             "hint": error.hint,
         }
-        print(json.dumps({"error": body}, ensure_ascii=False))
-    print(f"error: {error.what}", file=sys.stderr)
+        show_json({"error": body})
+    say(f"error: {error.what}")
     if error.where:
-        print(f"  in {error.where}", file=sys.stderr)
+        say(f"  in {error.where}")
     if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
+        say(f"hint: {error.hint}")

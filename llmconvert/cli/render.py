@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from llmconvert.terminal import printable
 
 if TYPE_CHECKING:
     from llmconvert.converters.running import Report
@@ -17,6 +19,11 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
         value /= 1000
     return f"{value:.2f} TB"
+
+
+def _text(lines: Iterable[str]) -> str:
+    """Lines put together; a line break within one, which came with a name, is shown as one."""
+    return "\n".join(map(printable, lines))
 
 
 def report(found: Report, *, dry_run: bool) -> str:
@@ -62,7 +69,7 @@ def report(found: Report, *, dry_run: bool) -> str:
         lines.append("  proof     none (--verify none)")
     else:
         lines.append(f"  disk      {size(found.disk_needed)} needed")
-    return "\n".join(lines)
+    return _text(lines)
 
 
 _LAYERS_SHOWN = 12
@@ -89,7 +96,7 @@ def comparison(found: dict[str, Any], first: str, second: str) -> Any:
         "same model" if found["verdict"] else "NOT the same model",
         style="bold green" if found["verdict"] else "bold red",
     )
-    parts: list[Any] = [title.append(f": {found['reason']}", style="default not bold")]
+    parts: list[Any] = [title.append(f": {printable(found['reason'])}", style="default not bold")]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
     rows = [
         ("largest difference", f"{found['max_abs']:.3g}, {found['relative']:.2e} of the largest logit, in {found['dtype']}"),
@@ -112,7 +119,7 @@ def comparison(found: dict[str, Any], first: str, second: str) -> Any:
     if found["note"]:
         rows.append(("note", found["note"]))
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, printable(value))
     parts.append(table)
     if found["departures"]:
         departures = Table(title="where they part", title_justify="left", box=None, padding=(0, 2, 0, 2))
@@ -120,7 +127,8 @@ def comparison(found: dict[str, Any], first: str, second: str) -> Any:
             departures.add_column(column, overflow="fold")
         for d in found["departures"][:_LAYERS_SHOWN]:
             place = d["part"] if d["layer"] is None else f"layer {d['layer']}, {d['part']}"
-            departures.add_row(place, f"{d['difference']:.1e}", d["why"], ", ".join(d["second"]))
+            cells = (place, f"{d['difference']:.1e}", d["why"], ", ".join(d["second"]))
+            departures.add_row(*map(printable, cells))
         parts.append(departures)
         if len(found["departures"]) > _LAYERS_SHOWN:
             parts.append(
@@ -146,22 +154,26 @@ def there_and_back(found: Any) -> str:
     if found.different:
         lines.append(f"  different: {', '.join(found.different[:8])}")
     lines += [f"  note  {note}" for note in found.stale]
-    return "\n".join(lines)
+    return _text(lines)
 
 
 def inspection(found: dict[str, Any]) -> str:
     """What a checkpoint is."""
     lines = [f"{found['path']}"]
+    unread = f"{found.get('named') or 'not named'}: no spec reads it"
     lines.append(
-        f"  architecture  {found['architecture'] or 'unknown'}" + (f" ({found['title']})" if "title" in found else "")
+        f"  architecture  {found['architecture'] or unread}" + (f" ({found['title']})" if "title" in found else "")
     )
-    lines.append(f"  parameters    {found['parameters']:,} in {found['tensors']} tensors, {size(found['bytes'])}")
-    lines.append("  dtypes        " + ", ".join(f"{count} {name}" for name, count in found["dtypes"].items()))
-    lines.append(
-        f"  files         {len(found['files'])}: "
-        + ", ".join(f["name"] for f in found["files"][:4])
-        + (", …" if len(found["files"]) > 4 else "")
-    )
+    if found.get("quantised"):
+        lines.append(f"  quantised     {found['quantised']}")
+    count = "not counted" if found["parameters"] is None else f"{found['parameters']:,}"
+    held = "" if found["tensors"] is None else f" in {found['tensors']} tensors, {size(found['bytes'])}"
+    lines.append(f"  parameters    {count}{held}")
+    if found["dtypes"]:
+        lines.append("  dtypes        " + ", ".join(f"{count} {name}" for name, count in found["dtypes"].items()))
+    if found["files"]:
+        names = ", ".join(f["name"] for f in found["files"][:4]) + (", …" if len(found["files"]) > 4 else "")
+        lines.append(f"  files         {len(found['files'])}: {names}")
     if "config" in found:
         lines.append(
             "  config        "
@@ -189,7 +201,7 @@ def inspection(found: dict[str, Any]) -> str:
         lines.append(f"  problem       {found['problem']}")
     if found.get("hint"):
         lines.append(f"  hint          {found['hint']}")
-    return "\n".join(lines)
+    return _text(lines)
 
 
 def _memory(found: dict[str, Any]) -> list[str]:
@@ -238,7 +250,9 @@ def _inference(found: dict[str, Any]) -> str:
     expanded = found.get("kv_cache_per_token_expanded")
     kind += f" ({size(expanded)} with keys and values expanded)" if expanded else ""
     token, thousand = size(found["kv_cache_per_token"]), size(found["kv_cache_per_1k_tokens"])
-    weights = size(found["weights"]) + (f" ({size(found['weights_fp8'])} in FP8)" if "weights_fp8" in found else "")
+    weights = size(found["weights"])
+    for key, how in (("weights_fp8", "in FP8"), ("weights_stored", "as stored")):
+        weights += f" ({size(found[key])} {how})" if key in found else ""
     return f"weights {weights}; KV cache {token} a token{kind}, {thousand} for {found['kv_cache_tokens']:,}"
 
 
@@ -268,7 +282,7 @@ def matrix(reaches: list[Any]) -> str:
         "=  bits only move   ~  exact to float rounding   1  cannot be undone   .  refused",
         "*  refused for checkpoints with certain traits; `llmconvert specs NAME` says which, and why",
     ]
-    return "\n".join(lines)
+    return _text(lines)
 
 
 def spec_page(spec: Any, file: str, reaches: list[Any]) -> str:
@@ -291,4 +305,4 @@ def spec_page(spec: Any, file: str, reaches: list[Any]) -> str:
         lines += [f"                 · {step}" for step in r.steps]
         if r.unless and r.verdict != "no":
             lines.append(f"                 refused for checkpoints with: {', '.join(r.unless)}")
-    return "\n".join(lines)
+    return _text(lines)

@@ -41,11 +41,10 @@ def show(*found: Seen, png: str | Path | None = None) -> None:
         found: what `cos_distance`, `topk_token` or `attention_weights` gave.
         png: where to draw them; nowhere if None.
     """
-    from rich.console import Console
-
     from llmconvert.debug import plots, tables
+    from llmconvert.terminal import console
 
-    Console(highlight=False).print(tables.table(found))
+    console().print(tables.table(found))
     note = plots.save(found, Path(png)) if png is not None else None
     if note:
         print(f"note: {note}")

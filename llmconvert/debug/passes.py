@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from llmconvert.checkpoint.directory import require_directory
 from llmconvert.checkpoint.megatron import is_megatron
 from llmconvert.errors import Refused, Usage
 from llmconvert.verify.layerwise import LayerwiseModel, find_layers, replaced_forwards, split_hidden
@@ -257,9 +258,7 @@ def open_pass(
     if isinstance(model, nn.Module):
         _check_vocabulary(input_ids, getattr(getattr(model, "config", None), "vocab_size", None))
         return ModelPass(model, input_ids)
-    directory = Path(model)
-    if not directory.is_dir():
-        raise Usage(f"no such directory ({directory})", hint="give a checkpoint directory")
+    directory = require_directory(Path(model))
     kinds = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64")}
     if dtype not in kinds:
         raise Usage(f"`{dtype}` is not a dtype to compute in", hint=f"choose {', '.join(kinds)}")

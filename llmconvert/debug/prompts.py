@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,14 +34,20 @@ class Prompt:
         return [self.show(number) for number in self.input_ids[0].tolist()]
 
     def show(self, number: int) -> str:
-        """A token of the vocabulary as text, blanks kept; with its number where the text does not tell it."""
+        """A token of the vocabulary as text, blanks and line breaks kept; its bytes where they are no whole characters.
+
+        Without text of its own it is shown by its piece and number.
+        """
         if self.tokenizer is None:
             return str(number)
         text = str(self.tokenizer.decode([number]))
-        if text and "\ufffd" not in text and text.isprintable():
+        if text and "\ufffd" not in text:
             return text
         piece = self.tokenizer.convert_ids_to_tokens(number)
-        return f"{piece}#{number}" if piece and str(piece).isprintable() else f"#{number}"
+        raw = piece_bytes(piece) if text else None
+        if raw:
+            return "".join(f"<{byte:02X}>" for byte in raw)
+        return f"{piece}#{number}" if piece else f"#{number}"
 
     def position(self, token: int | str) -> int:
         """Where a token stands.
@@ -66,6 +73,27 @@ class Prompt:
     def listing(self) -> str:
         """Positions and tokens in one line."""
         return " ".join(f"{i}:{text!r}" for i, text in enumerate(self.tokens))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in byte-level vocabularies (openai/gpt-2, src/encoder.py)."""
+    own = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
+
+
+def piece_bytes(piece: Any) -> bytes | None:
+    """The bytes a piece of a vocabulary stands for: as bytes, as `<0xE6>` or in the byte alphabet; None in none of these."""
+    if isinstance(piece, bytes):
+        return piece
+    if not isinstance(piece, str) or not piece:
+        return None
+    if re.fullmatch(r"(<0x[0-9A-Fa-f]{2}>)+", piece):
+        return bytes.fromhex(re.sub(r"<0x|>", "", piece))
+    return bytes(_BYTES[char] for char in piece) if all(char in _BYTES for char in piece) else None
 
 
 def make_prompt(

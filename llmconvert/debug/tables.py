@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmconvert.debug.measures import AttentionWeights, CosDistance, TopkToken
+from llmconvert.terminal import printable
 
 Seen = CosDistance | TopkToken | AttentionWeights
 
@@ -27,7 +28,7 @@ def table(found: Sequence[Seen]) -> Any:
     else:
         title, body = _attention([each for each in found if isinstance(each, AttentionWeights)])
     # Not the table's own title, which is broken to the table's width.
-    return Group(Text(_title(title, found)), body)
+    return Group(Text(printable(_title(title, found))), body)
 
 
 def _names(found: Sequence[Seen]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,17 +43,22 @@ _STRUCTURE = frozenset(
 """Keys written anew or tied to the source's own code: never carried over."""
 
 
+def unread(config: Mapping[str, Any], read: set[str]) -> list[str]:
+    """Keys that change the maths and that no field of a spec reads, with their values."""
+    return [
+        f"`{key}` = {reprlib.repr(config[key])}"
+        for key, neutral in MATHS.items()
+        if key in config and key not in read and not _neutral(key, config, neutral)
+    ]
+
+
 def check_unread(config: Mapping[str, Any], read: set[str], spec: str) -> None:
     """Refuse keys that change the maths and that no field of the spec reads.
 
     Raises:
         Refused: naming all of them.
     """
-    odd = [
-        f"`{key}` = {config[key]!r}"
-        for key, neutral in MATHS.items()
-        if key in config and key not in read and not _neutral(key, config, neutral)
-    ]
+    odd = unread(config, read)
     if odd:
         raise Refused(
             f"config.json sets {', '.join(odd)}, which changes what the model computes and spec `{spec}` does not read",
@@ -68,7 +74,7 @@ def check_required(config: Mapping[str, Any], required: Mapping[str, Any], spec:
         Refused: naming all of them.
     """
     odd = [
-        f"`{k}` = {config[k]!r}" for k, value in required.items() if config.get(k) is not None and config[k] != value
+        f"`{k}` = {reprlib.repr(config[k])}" for k, value in required.items() if config.get(k) is not None and config[k] != value
     ]
     if odd:
         raise Refused(

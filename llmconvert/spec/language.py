@@ -119,13 +119,12 @@ class Sign:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Checkpoints that are recognised and refused.
+    """Checkpoints that are recognised, and that no spec reads.
 
     Attributes:
         name: what they are called.
         model_types, architectures: values of config.json that mark them.
-        trait: the trait that stands in the way, from the table of traits; or
-        why: the reason in words, where it is not one trait.
+        why: what they have that the canonical layout cannot say, true whatever the target.
         instead: what to do.
         key: a config key that must be present as well.
     """
@@ -133,7 +132,6 @@ class Refusal:
     name: str
     model_types: tuple[str, ...] = ()
     architectures: tuple[str, ...] = ()
-    trait: str | None = None
     why: str = ""
     instead: str = ""
     key: str | None = None

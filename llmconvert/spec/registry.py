@@ -6,17 +6,21 @@ import difflib
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmconvert.errors import BadInput, Refused
 from llmconvert.spec.language import Refusal, Spec
 from llmconvert.spec.telling import tell
 from llmconvert.spec.validate import validate, validate_all
+
+if TYPE_CHECKING:
+    from llmconvert.checkpoint.directory import Checkpoint
+    from llmconvert.checkpoint.stored import StoredTensor
 
 ENTRY_POINTS = "llmconvert.specs"
 
@@ -61,8 +65,14 @@ class Registry:
         """Names of the targets that can hold a trait."""
         return [spec.name for spec in self.specs.values() if spec.target and trait in spec.holds | spec.always]
 
-    def detect(self, config: Mapping[str, Any], names: Iterable[str] = (), directory: Path | None = None) -> Spec:
-        """The spec a config.json belongs to, by `model_type` and `architectures`.
+    def identify(self, checkpoint: Checkpoint, name: str | None = None) -> Spec:
+        """The spec that reads a checkpoint: the one called `name`, else the one that claims it.
+
+        This is where all commands learn what a checkpoint is, and so they all say the same of what they cannot read.
+
+        Args:
+            checkpoint: opened, with one tensor an expert.
+            name: of a spec; told from config.json if None.
 
         Args:
             config: the JSON object.
@@ -70,42 +80,82 @@ class Registry:
             directory: of the checkpoint, for specs that share a class name.
 
         Raises:
-            Refused: the architecture is unknown, known and refused, or one of several that cannot be told apart.
+            Refused: it is quantised in a form that is not read, or no spec reads it.
             BadInput: the config claims nothing.
         """
-        model_type, architectures = config.get("model_type"), set(config.get("architectures") or ())
+        from llmconvert.spec.quantised import SCALE, form_of, refusal
+
+        named = self.get(name) if name else None
+        form = form_of(checkpoint.config, checkpoint.tensors, checkpoint.path)
+        unread = refusal(form, str(checkpoint.path)) if form is not None and form.block is None else None
+        # Packed numbers are like nobody's tensors.
+        plain = None if unread else {name: t for name, t in checkpoint.tensors.items() if not name.endswith(SCALE)}
+        try:
+            spec = named or self.detect(checkpoint.config, plain, checkpoint.path)
+        except Refused as error:
+            if unread is None:
+                raise
+            known = isinstance(self._claimed(checkpoint.config), Refused)  # and then the original is of no use either
+            hint = error.hint if known else f"take the original 16-bit checkpoint; then {error.hint}"
+            raise Refused(f"{unread.what}; besides, {error.what}", where=unread.where, hint=hint) from None
+        if unread is not None:
+            raise unread
+        return spec
+
+    def detect(
+        self,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, StoredTensor] | None = None,
+        directory: Path | None = None,
+    ) -> Spec:
+        """The spec a config.json belongs to, by `model_type` and `architectures`.
+
+        Args:
+            config: the JSON object.
+            tensors: of the checkpoint, where they are known: they tell what an unknown model is like.
+            directory: of the checkpoint, whose code tells specs apart that share a class name.
+
+        Raises:
+            Refused: the architecture is unknown, or known and refused, or multimodal, or one of several that cannot be
+                told apart.
+            BadInput: the config claims nothing.
+        """
+        from llmconvert.spec import strangers
+
+        claimed = self._claimed(config)
+        others = strangers.towers(tensors) if tensors is not None else strangers.parts(config).towers
+        if isinstance(claimed, Spec) and not others:
+            candidates = self._candidates(config)
+            return claimed if len(candidates) == 1 else tell(candidates, config, tensors or (), directory)
+        if isinstance(claimed, Refused) and not others and strangers.parts(config).key is None:
+            raise claimed
+        if not strangers.label(config):
+            raise BadInput("config.json has neither `model_type` nor `architectures`", where="config.json")
+        raise strangers.describe(self.specs.values(), self._claimed, config, tensors)
+
+    def _claimed(self, config: Mapping[str, Any]) -> Spec | Refused | None:
+        """The spec that claims a config, or why such models are not read; None where nobody knows it."""
+        model_type, named = config.get("model_type"), config.get("architectures")
+        architectures = {name for name in named if isinstance(name, str)} if isinstance(named, list) else set()
         for refusal in self.refusals:
             claimed = model_type in refusal.model_types or architectures & set(refusal.architectures)
             if claimed and (refusal.key is None or config.get(refusal.key) is not None):
-                raise refused(refusal)
+                return refused(refusal)
+        return next(iter(self._candidates(config)), None)
+
+    def _candidates(self, config: Mapping[str, Any]) -> list[Spec]:
+        """The specs that claim a config's class name and type; failing such, its class name; failing such, its type."""
+        model_type, named = config.get("model_type"), config.get("architectures")
+        architectures = {name for name in named if isinstance(name, str)} if isinstance(named, list) else set()
         by_architecture = [s for s in self.specs.values() if s.source and architectures & set(s.architectures)]
         by_type = [s for s in self.specs.values() if s.source and model_type in s.model_types]
-        both = [s for s in by_architecture if s in by_type]
-        for candidates in (both, by_architecture, by_type):
-            if candidates:
-                return candidates[0] if len(candidates) == 1 else tell(candidates, config, names, directory)
-        if not model_type and not architectures:
-            raise BadInput("config.json has neither `model_type` nor `architectures`", where="config.json")
-        label = str(model_type or ", ".join(sorted(architectures)))
-        known = {t: s.name for s in self.specs.values() for t in (*s.model_types, *s.architectures)}
-        near = dict.fromkeys(known[m] for m in difflib.get_close_matches(label, known, 5, 0.5))
-        closest = f"; the nearest specs by name are {', '.join(f'`{n}`' for n in near)}" if near else ""
-        raise Refused(
-            f"the architecture `{label}` is not known{closest}",
-            where="config.json",
-            hint="`llmconvert new-spec DIR` drafts a spec from the checkpoint; pass it with `--spec FILE.py`",
-        )
+        return [s for s in by_architecture if s in by_type] or by_architecture or by_type
 
 
-def refused(refusal: Refusal, target: str = "llama") -> Refused:
-    """The error for a recognised checkpoint that is not converted."""
-    from llmconvert.canonical.model import TRAITS
-
-    if refusal.trait is not None:
-        trait = TRAITS[refusal.trait]
-        reason = f"`{trait.name}` ({trait.meaning}): {trait.obstacle}"
-        return Refused(f"{refusal.name} has {reason}", where="config.json", hint=refusal.instead or trait.instead)
-    return Refused(f"{refusal.name}: {refusal.why}", where="config.json", hint=refusal.instead or None)
+def refused(refusal: Refusal) -> Refused:
+    """The error for a recognised checkpoint that no spec reads."""
+    hint = refusal.instead or "keep the checkpoint in its own architecture; `llmconvert specs` lists those that are read"
+    return Refused(f"{refusal.name} is known and not read: {refusal.why}", where="config.json", hint=hint)
 
 
 def _members(module: ModuleType, file: Path) -> tuple[list[Spec], list[Refusal]]:

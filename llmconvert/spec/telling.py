@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmconvert.checkpoint.directory import stays_inside
+from llmconvert.checkpoint.files import read_bytes
 from llmconvert.errors import Refused
 from llmconvert.spec.keys import same
 from llmconvert.spec.language import Sign, Spec
@@ -87,6 +87,6 @@ def _code(config: Mapping[str, Any], directory: Path | None) -> str | None:
     if directory is None or not isinstance(reference, str) or "--" in reference or "/" in reference:
         return None
     file = directory / f"{reference.split('.')[0]}.py"
-    if not file.is_file() or not stays_inside(directory, file) or file.stat().st_size > _LONGEST_CODE:
+    if not file.is_file():
         return None
-    return file.read_text(encoding="utf-8", errors="replace")
+    return read_bytes(file, _LONGEST_CODE, inside=directory).decode(errors="replace")

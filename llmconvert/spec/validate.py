@@ -82,14 +82,14 @@ def _validate_rows(spec: Spec, fault: object) -> None:
 
 
 def validate_all(specs: dict[str, tuple[Spec, str]], refusals: tuple[Refusal, ...]) -> None:
-    """Check that no two specs have one name and that refusals name known traits.
+    """Check that no family has two default targets and that refusals give their reason.
 
     Raises:
-        BadInput: they do, or a refusal names a trait there is not.
+        BadInput: one has, or a refusal gives none.
     """
     for refusal in refusals:
-        if refusal.trait is not None and refusal.trait not in TRAITS:
-            raise BadInput(f"refusal `{refusal.name}` names `{refusal.trait}`, which is not a trait")
+        if not refusal.why:
+            raise BadInput(f"refusal `{refusal.name}` gives no reason")
     families = {spec.family for spec, _ in specs.values()}
     for family in families:
         defaults = [s.name for s, _ in specs.values() if s.family == family and s.target and s.default_target]

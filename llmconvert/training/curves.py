@@ -93,7 +93,7 @@ def read_curves(path: Path) -> list[Curve]:
         curves = _curves(_from_events(events)) if events else []
     except ImportError as error:
         if not states:
-            raise Refused("event files cannot be read without tensorboard", hint="`pip install tensorboard`") from error
+            raise Refused("event files cannot be read without tensorboard", hint="pip install 'llmconvert[plot]'") from error
     if states and not any(curve.channel != TOTAL for curve in curves):
         curves = _curves(_from_states(states))
     if not any(curve.channel != TOTAL for curve in curves):
@@ -156,7 +156,7 @@ def plot(curves: Sequence[Curve], output: Path, weight: float) -> None:
         from matplotlib import colormaps
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise Refused("a plot needs matplotlib", hint="`pip install matplotlib`") from error
+        raise Refused("a plot needs matplotlib", hint="pip install 'llmconvert[plot]'") from error
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     kinds = figure.canvas.get_supported_filetypes()
     if output.suffix[1:].lower() not in kinds:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmconvert.checkpoint import config as configs
+from llmconvert.checkpoint.directory import refuse_pointers, require_directory
 from llmconvert.checkpoint.files import check_inside, read_json
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
 from llmconvert.checkpoint.safetensors import read_header
@@ -113,11 +114,13 @@ def weight_files(directory: Path) -> list[Path]:
     for index, single in _LAYOUTS:
         names: set[Any] = {single} if (directory / single).is_file() else set()
         if (directory / index).is_file():
+            refuse_pointers(directory, [index])
             weight_map = read_json(directory / index).get("weight_map")
             names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
             if not names:
                 raise BadInput("the index has no `weight_map`", where=str(directory / index))
         if names:
+            refuse_pointers(directory, names)
             return [directory / name for name in sorted(names)]
     raise BadInput("the directory holds no weights", where=str(directory))
 
@@ -141,8 +144,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json, with what `stating` adds to it.
 
     Raises:
-        LlmconvertError: as `llmconvert.checkpoint.config.read_config`.
+        LlmconvertError: there is no such directory, or as `llmconvert.checkpoint.config.read_config`.
     """
+    refuse_pointers(require_directory(directory), ["config.json"])
     return configs.read_config(directory) | _STATED.get(directory.resolve(), {})
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from string import Template
 from typing import Any
+
+from llmconvert.terminal import printable
 
 _PAGE = Template("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
@@ -26,6 +28,11 @@ $body
 """)
 _COLOURS = {"hidden": "#4477aa", "attention": "#ee7733", "mlp": "#228833"}
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _FLOOR = 900, 300, 60, 40, -18.0
+
+
+def escape(text: str) -> str:
+    """Text as HTML shows it, with nothing in it that turns the direction of writing or cannot be encoded."""
+    return html.escape(printable(text))
 
 
 def _number(value: Any) -> str:
