@@ -122,6 +122,7 @@ def convert(
         progress,
         pairs=lambda written: return_pairs(conversion, open_checkpoint(written)),
         prove=lambda written, shown: prove_written(conversion.checkpoint.path, written, conversion.plan, proving, shown),
+        tokenizer=conversion.checkpoint.path,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmconvert.converters.proofs import LOGITS, NONE, Proving, require_logits, write_record
+from llmconvert.converters.proofs import LOGITS, NONE, Proving, prove_tokenizer, require_logits, write_record
 from llmconvert.engine import manifest
 from llmconvert.engine.execute import Executor, Interrupted, check_space
 from llmconvert.engine.journal import Workspace
@@ -44,6 +44,7 @@ class Report:
     published: bool = False
     roundtrip: dict[str, Any] | None = None
     logits: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] | None = None
     failure: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -55,7 +56,7 @@ class Report:
 def run(
     plan: Plan, source: Path, destination: Path, report: Report, proving: Proving, workers: int | None, overwrite: bool,
     resume: bool, sync: bool, progress: Progress, *, pairs: Callable[[Path], list[Pair]],
-    prove: Callable[[Path, Callable[[int, int], None]], dict[str, Any]],
+    prove: Callable[[Path, Callable[[int, int], None]], dict[str, Any]], tokenizer: Path | None = None,
 ) -> Report:  # fmt: skip
     """Write a plan beside its destination, prove it, and give it its name.
 
@@ -72,6 +73,8 @@ def run(
         progress: called as bytes are done.
         pairs: what the round trip compares, given the directory written.
         prove: compares logits, given the directory written and a progress function.
+        tokenizer: where the tokenizer is that the result's must be; None if it has none. It is compared before any
+            weight is written.
 
     Raises:
         ProofFailed: a proof does not hold; what was written stays in the work directory, with the record.
@@ -80,12 +83,15 @@ def run(
     workers = workers or min(os.cpu_count() or 1, 8)
     total = sum(output.expression.nbytes for output in plan.tensors)
     spaces: list[Workspace] = []
+    compared: list[dict[str, Any]] = []
 
     def begin() -> None:
         if rank() == 0:
             spaces.append(Workspace(destination, plan.identity, resume=resume, restart=overwrite))
             _check_space(plan, spaces[0])
             Executor(plan, spaces[0], workers, lambda count: None).prepare()
+            if tokenizer is not None and proving.verify != NONE:
+                compared.append(_prove_tokenizer(tokenizer, spaces[0]))
 
     def write() -> dict[str, str]:
         if rank():
@@ -101,7 +107,8 @@ def run(
             if rank():
                 return None
             written = Executor(plan, spaces[0], workers, lambda count: None).finish(checksums)
-            return _prove(plan, source, destination, report, proving, workers, sync, progress, spaces[0], written,
+            proved = replace(report, tokenizer=compared[0] if compared else None)
+            return _prove(plan, source, destination, proved, proving, workers, sync, progress, spaces[0], written,
                           pairs, prove)  # fmt: skip
 
         done = together(prove_and_publish)[0]
@@ -125,6 +132,15 @@ def _check_space(plan: Plan, space: Workspace) -> None:
     try:
         check_space(plan, space.path, written)
     except InputOutput:
+        if not space.done:
+            space.discard()
+        raise
+
+
+def _prove_tokenizer(source: Path, space: Workspace) -> dict[str, Any]:
+    try:
+        return prove_tokenizer(source, space.path)
+    except ProofFailed:
         if not space.done:
             space.discard()
         raise
