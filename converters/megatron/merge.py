@@ -27,6 +27,7 @@ from llmconvert.converters.planning import code_texts
 from llmconvert.converters.proofs import LOGITS, Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import unlowered
 from llmconvert.converters.running import Progress, Report, run
+from llmconvert.converters.tokenizer import keep_tokenizer
 from llmconvert.engine import manifest
 from llmconvert.engine.plan import Plan, index_texts, lay_out, parse_size
 from llmconvert.engine.publish import check_destination
@@ -241,7 +242,10 @@ def plan_merge(
     texts |= index_texts(outputs, files) | code_texts(target)
     copies: dict[str, Path] = {}
     if (path / HF_FOLDER).is_dir():
-        extra = companions(Checkpoint(path / HF_FOLDER, opened.origin[1] if opened.origin else {}, {}))
+        beside = opened.origin[1] if opened.origin else {}
+        extra = companions(Checkpoint(path / HF_FOLDER, beside, {}))
+        extra, _ = keep_tokenizer(extra, path / HF_FOLDER, beside, config)
+        notes += extra.notes
         copies, texts = dict(extra.copies), {**texts, **extra.texts}
     old = opened.checkpoint
     summary = {
@@ -369,6 +373,7 @@ def merge_checkpoint(
         conversion.plan, source, destination, report, proving, workers, overwrite, resume, sync, progress,
         pairs=lambda written: _pairs(conversion, written),
         prove=lambda written, shown: prove_written(source, written, conversion.plan, proving, shown),
+        tokenizer=source / HF_FOLDER,
     )  # fmt: skip
 
 
