@@ -124,6 +124,7 @@ def convert(
         ready=lambda written: refuse_unprovable(
             proving, [("result", written)], where=conversion.checkpoint.path, told=conversion.target.told
         ),
+        tokenizer=conversion.checkpoint.path,
     )  # fmt: skip
 
 

@@ -18,7 +18,8 @@ from llmconvert.canonical.model import CanonicalConfig, CanonicalModel, traits
 from llmconvert.canonical.step import Step
 from llmconvert.checkpoint.directory import Checkpoint, open_checkpoint
 from llmconvert.checkpoint.dtypes import FLOATS, FROM_NAME, ITEMSIZE, TO_NAME
-from llmconvert.converters.companions import Companions, companions
+from llmconvert.converters.companions import companions
+from llmconvert.converters.tokenizer import keep_tokenizer
 from llmconvert.engine import manifest
 from llmconvert.engine.plan import Plan, index_texts, lay_out, parse_size
 from llmconvert.errors import BadInput, Refused, Usage
@@ -180,12 +181,13 @@ def plan_conversion(
     texts = {"config.json": (json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
     texts |= index_texts(outputs, files) | code_texts(target)
-    extra: Companions = companions(checkpoint).beside(texts)
+    extra, recorded = keep_tokenizer(companions(checkpoint).beside(texts), checkpoint.path, checkpoint.config, written)
     own_file = known.files[spec.name]
     summary = {
         "source": {
             "path": checkpoint.path.resolve().name, "spec": spec.name, "spec_sha256": _digest(own_file),
             "architectures": checkpoint.config.get("architectures"), "config": checkpoint.config,
+            **recorded,
         },
         "target": {"spec": target.name, "spec_sha256": _digest(known.files[target.name])},
         "dtype": dtype,

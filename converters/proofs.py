@@ -142,6 +142,30 @@ def prove_written(
     return found.to_dict()
 
 
+def prove_tokenizer(source: Path, written: Path) -> dict[str, Any]:
+    """Compare the source's tokenizer with the written result's.
+
+    Args:
+        source: the directory of the source's.
+        written: the result's, of which only the weights may be missing.
+
+    Returns:
+        The report, as a dictionary.
+
+    Raises:
+        ProofFailed: they are not one.
+    """
+    from llmconvert.verify.tokenizers import compare_tokenizers
+
+    found = compare_tokenizers(source, written)
+    if found.verdict is False:
+        raise ProofFailed(
+            f"the tokenizer would change: {found.reason}", where=str(source),
+            hint="`--verify none` writes the checkpoint all the same; its tokenizer is then yours to put right",
+        )  # fmt: skip
+    return found.to_dict()
+
+
 def write_record(tree: Tree, record: Mapping[str, Any]) -> None:
     """Write what was proved into a directory: the same for the same conversion, wherever and whenever it was run.
 

@@ -190,6 +190,7 @@ def to_reward(
         planned.plan, body.path, target_dir, report, proving, workers, overwrite, resume, sync, progress,
         pairs=lambda written: _pairs(conversion, planned, found, head, open_checkpoint(written)),
         prove=prove,
+        tokenizer=body.path,
     )  # fmt: skip
 
 

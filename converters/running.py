@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmconvert.converters.proofs import LOGITS, NONE, WEIGHTS, Proving, require_logits, write_record
+from llmconvert.converters.proofs import LOGITS, NONE, WEIGHTS, Proving, prove_tokenizer, require_logits, write_record
 from llmconvert.engine import manifest
 from llmconvert.engine.execute import Executor, Interrupted, check_space
 from llmconvert.engine.finished import difference
@@ -51,6 +51,7 @@ class Report:
     unchanged: bool = False
     roundtrip: dict[str, Any] | None = None
     logits: dict[str, Any] | None = None
+    tokenizer: dict[str, Any] | None = None
     failure: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
 
@@ -63,7 +64,7 @@ def run(
     plan: Plan, source: Path, destination: Path, report: Report, proving: Proving, workers: int | None, overwrite: bool,
     resume: bool, sync: bool, progress: Progress, *, pairs: Callable[[Path], list[Pair]],
     prove: Callable[[Path, Callable[[int, int], None]], dict[str, Any]],
-    ready: Callable[[Path], None] = lambda written: None,
+    ready: Callable[[Path], None] = lambda written: None, tokenizer: Path | None = None,
 ) -> Report:  # fmt: skip
     """Write a plan beside its destination, prove it, and give it its name.
 
@@ -81,6 +82,8 @@ def run(
         pairs: what the round trip compares, given the directory written.
         prove: compares logits, given the directory written and a progress function.
         ready: called with the directory when its small files are written, to refuse what could not be proved.
+        tokenizer: where the tokenizer is that the result's must be; None if it has none. It is compared before any
+            weight is written.
 
     Raises:
         ProofFailed: a proof does not hold; what was written stays in the work directory, with the record.
@@ -91,6 +94,7 @@ def run(
     total = sum(output.expression.nbytes for output in plan.tensors)
     spaces: list[Workspace] = []
     small: manifest.Files = {}
+    tokenizers: list[dict[str, Any]] = []
 
     def begin() -> tuple[str, Report | None]:
         if rank():
@@ -103,6 +107,8 @@ def run(
             _check_space(plan, space)
             small.update(Executor(plan, space, workers, lambda count: None).prepare())
             ready(space.path)
+            if tokenizer is not None and proving.verify != NONE:
+                tokenizers.append(prove_tokenizer(tokenizer, space.path))
         return space.token, None
 
     def write() -> dict[str, str]:
@@ -122,10 +128,11 @@ def run(
             if rank():
                 return None
             space = spaces[0]
+            proved = replace(report, tokenizer=tokenizers[0] if tokenizers else None)
             with _discarding(space, ()):
                 written, files = Executor(plan, space, workers, lambda count: None).finish(checksums)
                 proved = _prove(
-                    plan, source, report, proving, workers, progress, space, written, small | files, pairs, prove
+                    plan, source, proved, proving, workers, progress, space, written, small | files, pairs, prove
                 )
                 publish(space, sync=sync)
             return _with_rest(proved, space)
@@ -205,8 +212,10 @@ def _finished(
             f"the destination is finished, but was published with `--verify {proved}`", where=str(destination),
             hint="`llmconvert verify` compares it with its source; `--overwrite` makes it anew",
         )  # fmt: skip
-    proofs = record.get("roundtrip"), record.get("logits")
-    return replace(report, published=True, unchanged=True, roundtrip=proofs[0], logits=proofs[1])
+    return replace(
+        report, published=True, unchanged=True,
+        roundtrip=record.get("roundtrip"), logits=record.get("logits"), tokenizer=record.get("tokenizer"),
+    )  # fmt: skip
 
 
 def _check_space(plan: Plan, space: Workspace) -> None:

@@ -28,6 +28,7 @@ from llmconvert.converters.planning import code_texts
 from llmconvert.converters.proofs import LOGITS, Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import unlowered
 from llmconvert.converters.running import Progress, Report, run
+from llmconvert.converters.tokenizer import keep_tokenizer
 from llmconvert.engine import manifest
 from llmconvert.engine.plan import Plan, index_texts, lay_out, parse_size
 from llmconvert.engine.publish import check_destination
@@ -247,6 +248,8 @@ def plan_merge(
     if (path / HF_FOLDER).is_dir():
         beside = Checkpoint(path / HF_FOLDER, opened.origin[1] if opened.origin else {}, {})
         extra = companions(beside, within=path).beside(texts)
+        extra, _ = keep_tokenizer(extra, beside.path, beside.config, config)
+        notes += extra.notes
         texts = {**extra.texts, **texts}
     old = opened.checkpoint
     summary = {
@@ -375,6 +378,7 @@ def merge_checkpoint(
         conversion.plan, source, destination, report, proving, workers, overwrite, resume, sync, progress,
         pairs=lambda written: _pairs(conversion, written),
         prove=lambda written, shown: prove_written(source, written, conversion.plan, proving, shown),
+        tokenizer=source / HF_FOLDER,
     )  # fmt: skip
 
 

@@ -274,6 +274,7 @@ def verify_command(
     from llmconvert.errors import ProofFailed
     from llmconvert.verify.logits import compare_logits
     from llmconvert.verify.page import render_page
+    from llmconvert.verify.tokenizers import compare_tokenizers
 
     output = Output(json_mode=json, quiet=quiet)
     if report is not None and not report.parent.is_dir():
@@ -285,16 +286,17 @@ def verify_command(
             progress=lambda done, total: progress("logits", done, total),
         )  # fmt: skip
     equality = compare_weights(left, right, spec_file=spec_file).to_dict() if weights else None
+    tokenizer = compare_tokenizers(left, right).to_dict()
     engine = None
     if reader is not None:
         from llmconvert.verify.readers import compare_with_model
 
         engine = compare_with_model(reader, left, right, device=device, load=load, prompts=prompts).to_dict()
-    value = {**found.to_dict(), "weights": equality, "reader": engine}
+    value = {**found.to_dict(), "weights": equality, "tokenizer": tokenizer, "reader": engine}
     output.result(value, render.comparison(value, str(left), str(right)))
     if report is not None:
         report.write_text(render_page(value, str(left), str(right), equality), encoding="utf-8")
-    if not found.verdict or (engine is not None and not engine["verdict"]):
+    if not found.verdict or tokenizer["verdict"] is False or (engine is not None and not engine["verdict"]):
         if report is None and not json and not quiet:
             say("hint: add `--report FILE.html` for the differences of every layer")
         raise typer.Exit(ProofFailed.exit_code)

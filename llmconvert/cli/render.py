@@ -65,6 +65,9 @@ def report(found: Report, *, dry_run: bool) -> str:
         lines.append("  proof     " + ", ".join(parts))
         if found.logits is not None:
             lines.append(f"  logits    {found.logits['reason']}")
+        if found.tokenizer is not None:
+            lines.append(f"  tokenizer {found.tokenizer['reason']}")
+            lines += [f"  note      {note}" for note in found.tokenizer["notes"]]
     elif found.published:
         lines.append("  proof     none (--verify none)")
     else:
@@ -111,6 +114,9 @@ def comparison(found: dict[str, Any], first: str, second: str) -> Any:
     ]  # fmt: skip
     if found.get("weights"):
         rows.append(("weights", f"{found['weights']['kind']}: {found['weights']['reason']}"))
+    if found.get("tokenizer"):
+        verdict = "NOT the same: " if found["tokenizer"]["verdict"] is False else ""
+        rows.append(("tokenizer", verdict + found["tokenizer"]["reason"]))
     if found.get("reader"):
         engine = found["reader"]
         rows.append((f"{engine['engine']} {engine['version']}", f"{engine['reason']}, {engine['num_tokens']} tokens"))
@@ -150,7 +156,8 @@ def there_and_back(found: Any) -> str:
     ]
     for name, report in (("there", found.there), ("back", found.back)):
         logits = report.logits["reason"] if report.logits else "not compared"
-        lines.append(f"  {name:<6}{len(report.steps)} rewrites, ledger closed; logits: {logits}")
+        tokenizer = f"; tokenizer: {report.tokenizer['reason']}" if report.tokenizer else ""
+        lines.append(f"  {name:<6}{len(report.steps)} rewrites, ledger closed; logits: {logits}{tokenizer}")
     if found.different:
         lines.append(f"  different: {', '.join(found.different[:8])}")
     lines += [f"  note  {note}" for note in found.stale]
