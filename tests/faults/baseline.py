@@ -84,14 +84,20 @@ class Baselines:
         folder = self.folder / "made" / f"{command.name}-{source}-{verify}"
         if not folder.exists():
             world = self.begun(command, source)
-            run = start(line(command, source, verify), world.root, world.logs, environment=world.environment)
-            drive([run])
-            assert not (faults := of_run(run, {0})), (faults, run.done)
+            calls = self._run(world, line(command, source, verify))
             if command.moves:
                 assert not (faults := equal_weights(world.root / source, world.dst)), faults
+            if source == "source":
+                self._calls[command.name, verify, False] = calls
             shutil.copytree(world.dst, folder)
             world.remove()
         return folder
+
+    def _run(self, world: World, arguments: list[str]) -> list[Note]:
+        run = start(arguments, world.root, world.logs, stops=syscalls.KINDS, environment=world.environment)
+        drive([run])
+        assert not (faults := of_run(run, {0})), (faults, run.done)
+        return [note for note, _ in run.calls]
 
     def begun(self, command: Command, source: str = "source") -> World:
         """A fresh folder with a command's source."""
@@ -111,20 +117,12 @@ class Baselines:
 
     def calls(self, command: Command, verify: str, *, replacing: bool = False) -> list[Note]:
         """The calls a command makes in the trial's folder; with `replacing`, where it replaces what it made before."""
+        made = self.made(command, verify=verify)
         key = (command.name, verify, replacing)
         if key not in self._calls:
-            made = self.made(command)
             world = self.begun(command)
-            if replacing:
-                shutil.copytree(made, world.dst)
-            flags = ("--overwrite",) if replacing else ()
-            run = start(
-                line(command, "source", verify, *flags), world.root, world.logs, stops=syscalls.KINDS,
-                environment=world.environment,
-            )  # fmt: skip
-            drive([run])
-            assert not (faults := of_run(run, {0})), (faults, run.done)
-            self._calls[key] = [note for note, _ in run.calls]
+            shutil.copytree(made, world.dst)
+            self._calls[key] = self._run(world, line(command, "source", verify, "--overwrite"))
             world.remove()
         return self._calls[key]
 

@@ -15,24 +15,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults import archives, inference, mutations, planted, races, reader, storms, syscalls
+from faults import archives, inference, mutations, planted, races, reader, runs, storms, syscalls
 from faults.baseline import Baselines
+from faults.controls import CONTROLS
 from faults.runs import Program, command_line, warm
 from faults.trial import Kind, Trial
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A kind of trial: what it does, and how many of a thousand trials are of it."""
+    """A kind of trial: what it does, how many of a thousand trials are of it, and whether each takes long."""
 
     kind: Kind
     share: int
+    slow: bool = False
 
 
 KINDS: dict[str, Entry] = {
     "kill": Entry(storms.kill, 200),
     "error": Entry(storms.error, 200),
     "short": Entry(storms.short, 50),
+    "power": Entry(storms.power, 70),
+    "old-filesystem": Entry(storms.old_filesystem, 40),
     "race": Entry(races.race, 120),
     "free-race": Entry(races.free_race, 50),
     "stranger": Entry(races.stranger, 80),
@@ -49,7 +53,7 @@ KINDS: dict[str, Entry] = {
     "tamper": Entry(planted.tamper, 50),
     "infer": Entry(inference.infer, 25),
     "inside": Entry(inference.inside, 8),
-    "torchrun": Entry(inference.torchrun, 1),
+    "torchrun": Entry(inference.torchrun, 1, slow=True),
 }
 
 
@@ -111,6 +115,32 @@ class Campaign:
         return outcomes
 
 
+def check_controls(folder: Path, names: Sequence[str] = ()) -> dict[str, str]:
+    """Attack broken variants until each is found out.
+
+    Returns:
+        What is wrong, by the variant's name; empty for one that was found out for what it is.
+    """
+    campaign = Campaign(folder)
+    runs.IDLE_SECONDS, runs.CPU_SECONDS, runs.GRACE_SECONDS = 2.0, 2, 1.0
+    found: dict[str, str] = {}
+    for program, kind, expected in CONTROLS:
+        name = program.__name__
+        if names and name not in names:
+            continue
+        other: set[str] = set()
+        for seed in range(60):
+            campaign.program = program
+            trial = campaign.trial(kind, seed)
+            if any(expected(fault) for fault in trial.faults):
+                found[name] = ""
+                break
+            other |= set(trial.faults)
+        else:
+            found[name] = f"not found out in 60 trials; instead: {sorted(other)[:3]}"
+    return found
+
+
 def told(trial: Trial) -> str:
     """A trial that failed, with the line that repeats it."""
     lines = [f"FAILED {trial.kind} {trial.seed}: {'; '.join(trial.faults[:4])[:1500]}"]
@@ -126,7 +156,7 @@ def table(outcomes: dict[str, Outcome]) -> str:
         rows.append((kind, str(found.trials), str(found.trials - len(found.failed)), str(len(found.failed)), each))
     trials, failed = (sum(number) for number in zip(*((o.trials, len(o.failed)) for o in outcomes.values()), strict=True))
     rows.append(("all", str(trials), str(trials - failed), str(failed), ""))
-    return "\n".join(f"{row[0]:12}" + "".join(f"{cell:>9}" for cell in row[1:]) for row in rows)
+    return "\n".join(f"{row[0]:15}" + "".join(f"{cell:>9}" for cell in row[1:]) for row in rows)
 
 
 def findings(outcomes: dict[str, Outcome]) -> str:
@@ -149,10 +179,18 @@ def place() -> Path:
     return memory if memory.is_dir() and os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
 
 
-def shares(trials: int) -> dict[str, int]:
-    """So many trials, shared out among the kinds."""
-    total = sum(entry.share for entry in KINDS.values())
-    return {kind: max(1, round(trials * entry.share / total)) for kind, entry in KINDS.items()}
+def shares(trials: int, *, slow: bool = True) -> dict[str, int]:
+    """So many trials, shared out among the kinds; without the slow ones, if asked for."""
+    chosen = {kind: entry for kind, entry in KINDS.items() if slow or not entry.slow}
+    total = sum(entry.share for entry in chosen.values())
+    return {kind: max(1, round(trials * entry.share / total)) for kind, entry in chosen.items()}
+
+
+def _count(text: str) -> tuple[str, int]:
+    kind, _, count = text.partition(":")
+    if kind not in KINDS:
+        raise argparse.ArgumentTypeError(f"there is no kind `{kind}`")
+    return kind, int(count)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -160,18 +198,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fault_campaign", description="Attack llmconvert in seeded trials.")
     parser.add_argument("--trials", type=int, default=600, help="how many, shared out among the kinds; or of the one kind")
     parser.add_argument("--kind", action="append", choices=sorted(KINDS), help="of this kind only; may be repeated")
+    parser.add_argument("--count", action="append", type=_count, metavar="KIND:N", help="so many of a kind; may be repeated")
     parser.add_argument("--seed", type=int, default=0, help="of the first trial of each kind")
     parser.add_argument("--folder", type=Path, default=place(), help="make the trials' folders in this one")
     parser.add_argument("--keep", action="store_true", help="keep the folders of trials that failed")
     parser.add_argument("--brief", action="store_true", help="print what was found, not every trial that failed")
     parser.add_argument("--json", action="store_true", help="print figures as JSON")
+    parser.add_argument("--controls", nargs="*", help="attack broken variants instead (these, or all): each must be found out")
     given = parser.parse_args(arguments)
     if reason := syscalls.unavailable():
         print(f"fault_campaign: {reason}", file=sys.stderr)
         return 2
     counts = dict.fromkeys(given.kind, given.trials) if given.kind else shares(given.trials)
+    if given.count:
+        counts = dict(given.count)
     folder = Path(tempfile.mkdtemp(prefix="llmconvert-faults-", dir=given.folder))
     outcomes: dict[str, Outcome] = {}
+    if given.controls is not None:
+        try:
+            passed = check_controls(folder, given.controls)
+        finally:
+            reader.close()
+            shutil.rmtree(folder, ignore_errors=True)
+        print(json.dumps(passed, indent=1))
+        return int(any(passed.values()))
     try:
         outcomes = Campaign(folder, keep=given.keep).run(counts, given.seed, show=not (given.json or given.brief))
     finally:

@@ -16,7 +16,7 @@ from faults.oracle import unchanged
 from faults.runs import Fault
 from faults.syscalls import CHANGES
 from faults.trial import Trial
-from faults.world import CONTENT, World, differences, look
+from faults.world import CONTENT, differences, look
 
 Planter = Callable[[Trial, Path], None]
 
@@ -142,10 +142,11 @@ def _unfinished(trial: Trial, command: Command, verify: str) -> bool:
     return bool(oracle.private(trial.world)) and not trial.world.dst.exists()
 
 
-def _private_files(world: World) -> list[Path]:
-    """What llmconvert keeps of an unfinished run: files that a destination does not have."""
-    found = [path for name in oracle.private(world) for path in (world.place / name).rglob("*") if path.is_file()]
-    return sorted(path for path in found if path.suffix in (".jsonl", ".json") and "llmconvert" in str(path.relative_to(world.place)))
+def _private_files(trial: Trial) -> list[Path]:
+    """What llmconvert keeps of an unfinished run for itself: the text files there that no destination has."""
+    published = {Path(name).name for command in COMMANDS.values() for name in trial.baselines.expected(command)}
+    found = [path for name in oracle.private(trial.world) for path in (trial.world.place / name).rglob("*")]
+    return sorted(path for path in found if path.is_file() and path.suffix.startswith(".json") and path.name not in published)
 
 
 def resume(trial: Trial) -> None:
@@ -256,7 +257,7 @@ def _foreign_file(trial: Trial, source: Path, work: Path, kept: list[Path]) -> t
 
 def _journal(trial: Trial, source: Path, work: Path, kept: list[Path]) -> tuple[str, list[str]]:
     """What is kept of the run itself is damaged."""
-    own = _private_files(trial.world)
+    own = _private_files(trial)
     if not own:
         return "nothing kept", []
     path, dice = trial.dice.choice(own), trial.dice
@@ -283,7 +284,7 @@ def _journal(trial: Trial, source: Path, work: Path, kept: list[Path]) -> tuple[
 
 def _exchanged(trial: Trial, source: Path, work: Path, kept: list[Path]) -> tuple[str, list[str]]:
     """The journal's lines with one another's checksums."""
-    journals = [path for path in _private_files(trial.world) if path.suffix == ".jsonl" and path.stat().st_size]
+    journals = [path for path in _private_files(trial) if path.suffix == ".jsonl" and path.stat().st_size]
     if not journals:
         return "no journal", []
     entries = [json.loads(text) for text in journals[0].read_text().splitlines()]

@@ -31,6 +31,8 @@ HANG_SECONDS = 60.0
 IDLE_SECONDS = 15.0
 """A run that has done nothing for so long, and waits for nobody here, hangs."""
 CPU_SECONDS = 20
+GRACE_SECONDS = 5.0
+"""For processes of a run to end after it."""
 MEMORY_LIMIT = 4 << 30
 """Address space of a run; a run that comes near it has long exceeded what the oracle allows."""
 
@@ -179,8 +181,6 @@ def start(
         limited: in memory and time of the processor.
     """
     run = Run(list(arguments), folder, logs, number)
-    names = [name for name, call in syscalls.CALLS.items() if {call.kind, "create"} & stops or call.kind in stops]
-    names = [name for name in names if syscalls.CALLS[name].kind in stops or syscalls.CALLS[name].kind == "open"]
     ours, theirs = socket.socketpair()
     run.began = time.monotonic()
     sys.stdout.flush()
@@ -191,12 +191,11 @@ def start(
             _prepare(run, environment or {}, inside, limited)
             time.sleep(delay)
             if stops:
-                syscalls.filter_calls(names, theirs)
+                syscalls.filter_calls(stops, theirs)
             os.closerange(3, 512)
-        except BaseException:
-            traceback.print_exc()
+            _perform(program, run.arguments)
+        finally:
             os._exit(125)
-        _perform(program, run.arguments)
     theirs.close()
     run.ending = os.pidfd_open(run.pid)
     with ours:
@@ -218,6 +217,7 @@ def _prepare(run: Run, environment: dict[str, str], inside: str, limited: bool) 
         opened = os.open(path, flags, 0o644)
         os.dup2(opened, descriptor)
         os.close(opened)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for name in ("RANK", "WORLD_SIZE", "PYTHONFAULTHANDLER"):
@@ -290,7 +290,7 @@ def drive(runs: Sequence[Run], director: Director | None = None, limit: float = 
             if descriptor == run.ending:
                 _ended(run)
                 waiting = [(other, note) for other, note in waiting if other is not run]
-                grace[run.number] = time.monotonic() + 5
+                grace[run.number] = time.monotonic() + GRACE_SECONDS
             elif event & select.POLLIN and run.listener is not None:
                 note = syscalls.receive(run.listener)
                 if note is None:
@@ -348,7 +348,7 @@ def _ended(run: Run) -> None:
     run.result = Result(
         code, *((run.logs / f"{run.number}.{name}").read_text(errors="replace") for name in ("out", "err")),
         time.monotonic() - run.began, processor, used.ru_maxrss * 1024,
-        hung=run.hung or code == -signal.SIGXCPU or (code == -signal.SIGKILL and processor > CPU_SECONDS),
+        hung=run.hung or code == -signal.SIGXCPU or (code == -signal.SIGKILL and processor >= CPU_SECONDS),
     )  # fmt: skip
 
 
@@ -403,6 +403,22 @@ class Fault(Director):
         if self.what == "short":
             return syscalls.fall_short(note, self.share)
         return Answer(error=getattr(errno, self.what))
+
+
+@dataclass
+class Several(Director):
+    """Some faults at once: the first that has something in store for a call decides."""
+
+    faults: list[Fault]
+
+    def decide(self, waiting: list[tuple[Run, Note]], alive: list[Run]) -> list[tuple[Run, Note, Answer]]:
+        """See `Director`."""
+        answers = []
+        for run, note in waiting:
+            verdicts = [fault.meets(run, note) for fault in self.faults]
+            if None not in verdicts:
+                answers.append((run, note, next((found for found in verdicts if found is not PROCEED), PROCEED)))
+        return answers
 
 
 @dataclass

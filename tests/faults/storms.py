@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from faults import syscalls
 from faults.baseline import line, some
-from faults.runs import Fault
+from faults.runs import Fault, Several
 from faults.syscalls import CHANGES, KINDS, Note
 from faults.trial import Trial
+from faults.world import look
 
 DISK = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES")
 ERRORS: dict[str, tuple[str, ...]] = {
@@ -24,7 +28,7 @@ ERRORS: dict[str, tuple[str, ...]] = {
     "list": ("EIO", "EACCES"),
     "look": ("EIO", "EACCES", "ESTALE"),
 }
-PARTIAL = frozenset({"read", "pread64", "preadv", "write", "pwrite64"})
+PARTIAL = frozenset({"read", "pread64", "preadv", "preadv2", "write", "pwrite64"})
 
 
 def pick(trial: Trial, calls: list[Note]) -> tuple[Note, int, frozenset[str]]:
@@ -61,6 +65,95 @@ def kill(trial: Trial) -> None:
             break
         flags = dice.choice([["--resume"], ["--overwrite"]])
     trial.follow(command, expected, "source", verify)
+
+
+def old_filesystem(trial: Trial) -> None:
+    """A run is killed where the filesystem can neither exchange names nor refuse to replace one.
+
+    Between the two renames it then takes, the old output may be away; the next command puts it back.
+    """
+    dice = trial.dice
+    command, verify = some(dice)
+    expected = trial.baselines.expected(command, verify=verify)
+    world = trial.set_up({"source": trial.baselines.source(command.source)})
+    replacing = dice.random() < 0.7
+    if replacing:
+        trial.older(command)
+    world.begin()
+    calls = [c for c in trial.baselines.calls(command, verify, replacing=replacing) if c.kind in CHANGES]
+    renames = [number for number, call in enumerate(calls) if call.kind == "rename"]
+    at = min(renames) + dice.randrange(-2, 12) if dice.random() < 0.8 else dice.randrange(len(calls))
+    without = Fault(0, dice.choice(["EINVAL", "ENOSYS", "ENOTSUP"]), CHANGES, True, frozenset({"renameat2"}))
+    killing = Fault(at, dice.choice(["SIGKILL", "SIGKILL", "SIGINT", "SIGTERM", ""]), CHANGES)
+    arguments = line(command, "source", verify)
+    trial.run(arguments + ["--overwrite"] * replacing, Several([killing, without]), stops=CHANGES)
+    if replacing and look(world.dst) is None:
+        trial.run(arguments, codes={2})
+    trial.judge(trial.runs, [expected] * len(trial.runs), replaces=[True] * len(trial.runs))
+    trial.follow(command, expected, "source", verify)
+
+
+def power(trial: Trial) -> None:
+    """The machine loses power at one of a run's calls: what the disk has not confirmed is lost, or zeros."""
+    dice = trial.dice
+    command, verify = some(dice)
+    expected = trial.baselines.expected(command, verify=verify)
+    world = trial.set_up({"source": trial.baselines.source(command.source)})
+    replacing = dice.random() < 0.4
+    if replacing:
+        trial.older(command)
+    world.begin()
+    calls = [c for c in trial.baselines.calls(command, verify, replacing=replacing) if c.kind in CHANGES]
+    renames = [number for number, call in enumerate(calls) if call.kind == "rename"]
+    at = dice.choice([dice.randrange(len(calls)), max(renames) + dice.randrange(1, 4)])
+    flags = ["--overwrite"] * replacing
+    run = trial.run(line(command, "source", verify, *flags), Fault(at, "SIGKILL", CHANGES), stops=CHANGES)
+    lost = unconfirmed([note for note, became in run.calls if not became])
+    for path in sorted(lost, reverse=True):
+        if not path.is_relative_to(world.place) or not os.path.lexists(path):
+            continue
+        if path.is_dir():
+            if lost[path] and not any(path.iterdir()):
+                path.rmdir()
+        elif lost[path] and dice.random() < 0.3:
+            path.unlink()
+        else:
+            path.write_bytes(bytes(dice.choice([0, path.stat().st_size])))
+    trial.story.append(f"lost: {', '.join(sorted(path.name for path in lost))[:300]}")
+    trial.judge([run], [expected])
+    trial.follow(command, expected, "source", verify)
+
+
+def unconfirmed(calls: list[Note]) -> dict[Path, bool]:
+    """What would be lost with the power after some calls.
+
+    Returns:
+        Paths whose bytes, or whose names in their folder, no `fsync` has confirmed; and whether it is the names.
+    """
+    bytes_of: set[Path] = set()
+    names: set[Path] = set()
+    for call in calls:
+        paths = [Path(file) for file in call.files]
+        if call.kind in ("create", "write", "size"):
+            bytes_of.add(paths[0])
+        if call.kind in ("create", "make"):
+            names.add(paths[-1])
+        elif call.kind == "remove":
+            bytes_of.discard(paths[0])
+            names.discard(paths[0])
+        elif call.kind == "sync":
+            bytes_of.discard(paths[0])
+            names = {path for path in names if path.parent != paths[0]}
+        elif call.kind == "rename" and len(paths) == 2:
+            exchanged = call.name == "renameat2" and call.arguments[4] & 2
+            bytes_of, names = ({_moved(path, *paths, exchanged) for path in found} for found in (bytes_of, names))
+    return {path: path in names for path in bytes_of | names}
+
+
+def _moved(path: Path, old: Path, new: Path, exchanged: int) -> Path:
+    if path.is_relative_to(old):
+        return new / path.relative_to(old)
+    return old / path.relative_to(new) if exchanged and path.is_relative_to(new) else path
 
 
 def error(trial: Trial) -> None:
