@@ -133,7 +133,8 @@ def spoil(data: bytes, dice: random.Random) -> tuple[bytes, str]:
     return data[:at] + data[at + 1 :], f"drop {at}"
 
 
-def _edit_json(path: Path, dice: random.Random, keys: tuple[str, ...] = ()) -> str:
+def edit_json(path: Path, dice: random.Random, keys: tuple[str, ...] = ()) -> str:
+    """Change a JSON file, by its structure or byte by byte; `keys` as in `mutate`. What was done, in words."""
     if dice.random() < 0.25:
         data, what = spoil(path.read_bytes(), dice)
         path.write_bytes(data)
@@ -195,7 +196,7 @@ def config(trial: Trial) -> None:
     dice = trial.dice
     name = dice.choice(["config.json"] * 6 + ["tokenizer_config.json", "generation_config.json"])
     keys = CONFIG_KEYS if name == "config.json" else ("auto_map", "tokenizer_class", "eos_token_id", "chat_template")
-    command = _hurt(trial, name, lambda path: _edit_json(path, dice, keys))
+    command = _hurt(trial, name, lambda path: edit_json(path, dice, keys))
     if not _judge(trial, command, BAD_INPUT):
         return
     world = trial.world
@@ -227,7 +228,7 @@ def index(trial: Trial) -> None:
             value["weight_map"][key] = dice.choice(values)
             path.write_text(json.dumps(value))
             return f"{key} is in {value['weight_map'][key]!r}"
-        return _edit_json(path, dice, ("weight_map", "metadata"))
+        return edit_json(path, dice, ("weight_map", "metadata"))
 
     if _judge(trial, _hurt(trial, name, edit), BAD_INPUT):
         trial.blame(equal_weights(trial.world.root / "source", trial.world.dst))
@@ -296,7 +297,7 @@ def manifest(trial: Trial) -> None:
         what = f"{name}: {mutate(value['tensors'][name], dice, ('file', 'dtype', 'shape', 'rows_per_checksum', 'checksums'))}"
         path.write_text(dumped(value), encoding="utf-8", errors="surrogatepass")
     else:
-        what = _edit_json(path, dice, keys)
+        what = edit_json(path, dice, keys)
     trial.story.append(f"llmconvert.json: {what}")
     world.begin()
     check = ["inspect", "--check", "source"]
@@ -326,7 +327,7 @@ def megatron(trial: Trial) -> None:
         what = dice.choice(["-1", "9" * 5000, "../../outside", "release/..", "", "\x00", "1e3", "٣", "release\x1b[2J"])
         path.write_text(what)
     elif path.name == "metadata.json":
-        what = _edit_json(path, dice, ("sharded_backend",))
+        what = edit_json(path, dice, ("sharded_backend",))
     else:
         # What is no tensor lies at both ends of a file.
         data = path.read_bytes()

@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from faults import oracle
+import xxhash
+
+from faults import oracle, sources
 from faults.baseline import COMMANDS, Command, line, some
-from faults.mutations import _edit_json, spoil
+from faults.mutations import edit_json, spoil
 from faults.oracle import unchanged
 from faults.runs import Fault
 from faults.syscalls import CHANGES
@@ -274,7 +276,7 @@ def _journal(trial: Trial, source: Path, work: Path, kept: list[Path]) -> tuple[
         return f"{path.name}: a line {odd[:20]!r}", []
     if path.suffix == ".json" and dice.random() < 0.5:
         try:
-            return f"{path.name}: {_edit_json(path, dice)}", []
+            return f"{path.name}: {edit_json(path, dice)}", []
         except (ValueError, IndexError):
             pass
     data, did = spoil(path.read_bytes(), dice)
@@ -368,14 +370,13 @@ def companion(trial: Trial) -> None:
     expected = trial.baselines.expected(command, verify=verify)
     own = [n for n in expected if n.endswith((".safetensors", ".py", ".pt", "tokenizer_config.json")) or n == "config.json"]
     for inner in own:
-        if "tokenizer_config" in name and inner.endswith(("tokenizer_config.json", "tokenization_own.py")):
-            continue  # it is another's now
+        if ("tokenizer_config" in name or "tokenization" in name) and inner.endswith(("tokenizer_config.json", "own.py")):
+            continue  # another tokenizer's now, or one without its code
         if inner not in made and inner.endswith(name):
             continue  # it is not a file, or not the source's own: left behind
         if inner not in made or made[inner].content != expected[inner].content:
             trial.blame([f"`{inner}` is not what llmconvert writes"])
-    check = trial.run(["inspect", "--check", "place/dst"], codes={0})
-    del check
+    trial.run(["inspect", "--check", "place/dst"], codes={0})
 
 
 Companion = Callable[[Trial, Path, Path], str]
@@ -432,14 +433,11 @@ def _own_names(trial: Trial, source: Path, outside: Path) -> str:
         "llmconvert-lock", "llmconvert-report.json", "configuration_canonical.py", "reward.py", ".llmconvert/x",
     ])  # fmt: skip
     (source / name).parent.mkdir(exist_ok=True)
-    text = "open(__import__('sys').argv[0])\n"
+    text = "{}\n"
     if name.endswith(".jsonl"):
-        import xxhash
-
-        zeros = {size: xxhash.xxh3_128(bytes(size)).hexdigest() for size in (16, 64, 128, 304, 1024, 1216, 2048)}
-        state = __import__("faults.sources", fromlist=["state"]).state(0)
-        text = "".join(json.dumps([f"{n}:0", zeros.get(a.nbytes, "") or xxhash.xxh3_128(bytes(a.nbytes)).hexdigest()]) + "\n"
-                       for n, a in state.items())  # fmt: skip
+        # A journal that says: all is done, and all is zeros.
+        lines = [[f"{own}:0", xxhash.xxh3_128(bytes(array.nbytes)).hexdigest()] for own, array in sources.state(0).items()]
+        text = "".join(json.dumps(entry) + "\n" for entry in lines)
     elif name.endswith(".py"):
         # A tokenizer that asks for the file makes it one of those that go along.
         value = json.loads((source / "tokenizer_config.json").read_text())

@@ -117,7 +117,10 @@ def stranger(trial: Trial) -> None:
         trial.older(command)
     world.begin()
     calls = trial.baselines.calls(command, verify, replacing=replacing)
-    codes, harmless = {0, 2}, False
+    act = dice.choice(["folder", "empty", "file", "link", "into", "into work", "take work", "swap work", "lock"])
+    if act in ("folder", "file", "link", "empty") and replacing:
+        act = "into"
+    codes = {0, 2}
 
     def work() -> Path | None:
         return next((path for path in world.place.glob(".dst.llmconvert-*") if path.is_dir()), None)
@@ -152,22 +155,19 @@ def stranger(trial: Trial) -> None:
         for path in world.place.glob(".dst.llmconvert-lock"):
             path.unlink()
 
-    act = dice.choice(["folder", "empty", "file", "link", "into", "into work", "take work", "swap work", "lock"])
-    if act in ("folder", "file", "link", "empty") and replacing:
-        act = "into"
     acts: dict[str, Callable[[], None]] = {
         "folder": lambda: new(_folder_with("mine.txt")), "empty": lambda: world.dst.mkdir(exist_ok=True),
         "file": lambda: new(lambda path: path.write_text("a stranger's\n") and None),
         "link": lambda: new(lambda path: path.symlink_to(world.root / "outside" / "folder")), "into": into,
         "into work": into_work, "take work": take_work, "swap work": swap_work, "lock": remove_lock,
     }  # fmt: skip
-    harmless = act in ("lock", "empty")
-    codes |= {6} if act in ("take work", "swap work", "into work") else set()
+    # Who loses the ground under its feet may say so, or find that it does not read what it wrote.
+    codes |= {5, 6} if act in ("take work", "swap work", "into work", "lock") else set()
     at = dice.randrange(sum(call.kind in STOPS for call in calls))
     fault = Fault(at, "", STOPS, other=acts[act])
     trial.story.append(f"at call {fault.at} a stranger: {act}")
     flags = ["--overwrite"] if replacing else []
-    run = trial.run(line(command, "source", verify, *flags), fault, stops=STOPS, codes={0} if harmless else codes)
+    run = trial.run(line(command, "source", verify, *flags), fault, stops=STOPS, codes=codes)
     trial.judge([run], [expected])
     if not world.kept and act != "into work":
         trial.follow(command, expected, "source", verify)

@@ -31,7 +31,7 @@ HANG_SECONDS = 60.0
 IDLE_SECONDS = 15.0
 """A run that has done nothing for so long, and waits for nobody here, hangs."""
 CPU_SECONDS = 20
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 15.0
 """For processes of a run to end after it."""
 MEMORY_LIMIT = 4 << 30
 """Address space of a run; a run that comes near it has long exceeded what the oracle allows."""
@@ -142,16 +142,20 @@ class Run:
             os.kill(process or self.pid, number)
 
     def idle(self, now: float) -> float:
-        """Seconds for which neither it nor a process of its group has used the processor."""
-        used = 0
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            group = os.getpgid(self.pid)
-            for process in os.listdir("/proc"):
-                if process.isdigit() and (int(process) == self.pid or os.getsid(int(process)) == group):
-                    fields = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()
-                    used += int(fields[11]) + int(fields[12])
-        if used != self.used:
-            self.used, self.since = used, now
+        """Seconds for which neither it nor a process it has started used the processor or waited for the disk."""
+        parents: dict[int, int] = {}
+        used: dict[int, int] = {}
+        for process in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError):
+                state, parent, *fields = Path("/proc", process, "stat").read_text().rpartition(")")[2].split()
+                parents[int(process)] = int(parent)
+                used[int(process)] = int(fields[9]) + int(fields[10]) + int(now if state == "D" else 0)
+        own = {self.pid}
+        while more := {process for process, parent in parents.items() if parent in own} - own:
+            own |= more
+        total = sum(used.get(process, 0) for process in own)
+        if total != self.used:
+            self.used, self.since = total, now
         return now - self.since
 
     @property

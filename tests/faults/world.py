@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,11 +89,11 @@ def differences(before: Tree, after: Tree | None, what: Iterable[str], *, folder
     found += [f"`{name}` is new" for name in sorted(after.keys() - before.keys())]
     for name in sorted(before.keys() & after.keys()):
         one, two = before[name], after[name]
-        for field in what:
-            if field == "changed" and one.kind == "folder" and not folders:
+        for part in what:
+            if part == "changed" and one.kind == "folder" and not folders:
                 continue
-            if getattr(one, field) != getattr(two, field):
-                found.append(f"`{name}` differs in {field}: {getattr(one, field)} was, {getattr(two, field)} is")
+            if getattr(one, part) != getattr(two, part):
+                found.append(f"`{name}` differs in {part}: {getattr(one, part)} was, {getattr(two, part)} is")
                 break
     return found
 
@@ -132,19 +132,16 @@ class World:
         logs: what they print.
         sources: names of folders in it that are only read.
         killed: a run was ended in a way it could not tidy up after.
-        kept: paths a stranger put there in the course of the trial, and what must become of each: "untouched", or
-            "anything" where the program may remove it.
+        before: how folders were when the trial began, by their paths in `root`.
+        kept: what a stranger put there since, which must stay.
     """
 
     root: Path
     logs: Path
     sources: list[str]
     killed: bool = False
-
-    def __post_init__(self) -> None:
-        """See `make`."""
-        self.before: dict[str, Tree] = {}
-        self.kept: dict[str, Tree] = {}
+    before: dict[str, Tree] = field(default_factory=dict)
+    kept: dict[str, Tree] = field(default_factory=dict)
 
     @property
     def place(self) -> Path:
