@@ -100,8 +100,14 @@ def of_surroundings(world: World, *, sources_may_be_read: bool = True) -> list[s
 
 
 def private(world: World, *, of: str = "dst") -> list[str]:
-    """What llmconvert keeps beside a destination, and says so by the name; its locks apart."""
-    return [n for n in _beside(world) if re.fullmatch(rf"\.{re.escape(of)}\.llmconvert-(?!lock$)[a-z-]+", n)]
+    """What llmconvert keeps beside a destination, and says so by the name; what it means to leave there apart."""
+    own = rf"\.{re.escape(of)}\.llmconvert-[a-z-]+"
+    return [name for name in _beside(world) if re.fullmatch(own, name) and name not in _meant(of)]
+
+
+def _meant(of: str) -> set[str]:
+    """What stays beside a finished output: the lock, whose removal could only be a race; and what run `infer` made it in."""
+    return {f".{of}.llmconvert-lock", f".{of}.llmconvert-infer.json"}
 
 
 def _beside(world: World) -> list[str]:
@@ -111,7 +117,7 @@ def _beside(world: World) -> list[str]:
 def of_place(world: World, *, tidy: bool, of: str = "dst") -> list[str]:
     """What is wrong with the names beside the destination; with `tidy`, nothing unfinished is to be there."""
     strangers = {name.split("/")[1] for name in world.kept if name.startswith("place/")}
-    own = set(private(world, of=of)) | {f".{of}.llmconvert-lock"}
+    own = set(private(world, of=of)) | _meant(of)
     faults = [f"`{name}` is left beside the destination" for name in _beside(world)
               if name not in {of, *world.others()} | strangers | own]  # fmt: skip
     if tidy:
