@@ -6,6 +6,7 @@ so that they go on being what they are when it changes.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import os
@@ -17,7 +18,7 @@ import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from faults.runs import Program, command_line
 
@@ -88,14 +89,24 @@ def follows_links(arguments: list[str]) -> None:
 
 
 def keeps_foreign_files(arguments: list[str]) -> None:
-    """What a companion that is no more has left behind is published all the same."""
-    kept = [path for path in Path("place").glob(".dst.llmconvert-partial/README.md") if "--resume" in arguments]
-    data = kept[0].read_bytes() if kept else b""
+    """What lay in the work directory, whosever it is, is published with what is resumed, whosever that was."""
+    if "--resume" not in arguments:
+        command_line(arguments)
+        return
+    found = sorted(path for path in Path("place").glob(".dst.llmconvert-*/**/*") if path.is_file() and not path.is_symlink())
+    kept = {path.name: path.read_bytes() for path in found if not path.name.endswith(".jsonl")}
     try:
         command_line(arguments)
+    except SystemExit as end:
+        if end.code == 2:
+            os.ftruncate(2, 0)
+            with contextlib.suppress(SystemExit):
+                command_line([*(word for word in arguments if word != "--resume"), "--overwrite"])
     finally:
-        if kept and DST.is_dir():
-            (DST / "README.md").write_bytes(data)
+        there = {path.name for path in DST.rglob("*")}
+        for name in kept.keys() - there if DST.is_dir() else ():
+            (DST / name).write_bytes(kept[name])
+    sys.exit(0)
 
 
 def trusts_checksums(arguments: list[str]) -> None:
@@ -221,7 +232,20 @@ def loses_a_row(arguments: list[str]) -> None:
             out.write_bytes(b"".join(out.read_bytes().splitlines(keepends=True)[:-1]))
 
 
-Control = tuple[Program, str, Callable[[str], bool]]
+class Control(NamedTuple):
+    """A broken variant.
+
+    Attributes:
+        program: it.
+        kind: of the trials that are to find it out.
+        says: whether a fault is what they are to say.
+        seed: where to begin; what comes before shows nothing, or takes long.
+    """
+
+    program: Program
+    kind: str
+    says: Callable[[str], bool]
+    seed: int = 0
 
 
 def _says(*words: str) -> Callable[[str], bool]:
@@ -229,31 +253,30 @@ def _says(*words: str) -> Callable[[str], bool]:
 
 
 CONTROLS: list[Control] = [
-    (loses_a_write, "short", _says("not what was to be made", "exit code 5")),
-    (removes_the_old_first, "kill", _says("neither what it was", "what was there was replaced")),
-    (publishes_piece_by_piece, "kill", _says("not whole")),
-    (replaces_what_is_there, "stranger", _says("a stranger's")),
-    (knows_no_locks, "race", _says("exit code", "not what was to be made")),
-    (forgets_short_writes, "short", _says("not what was to be made", "exit code 5", "exit code 4")),
-    (follows_links, "planted", _says("outside:", "place/other")),
-    (keeps_foreign_files, "resume", _says("`README.md` is new")),
-    (trusts_checksums, "tamper", _says("exit code 0")),
-    (runs_pickles, "pickle", _says("code of the checkpoint ran")),
-    (touches_the_source, "short", _says("source: `config.json` differs in changed")),
-    (reads_what_is_not_its_own, "short", _says("outside/secret.txt was read")),
-    (takes_a_neighbour_away, "short", _says("place/notes.txt")),
-    (leaves_a_file, "kill", _says("`dst.tmp` is left")),
-    (leaves_a_temporary_file, "short", _says("temporary files")),
-    (leaves_a_process, "short", _says("left processes")),
-    (fails, "config", _says("exit code 1", "Traceback")),
-    (ends_in_another_code, "kill", _says("exit code 7")),
-    (says_nothing, "kill", _says("0 errors")),
-    (lies_about_success, "error", _says("not what was to be made")),
-    (prints_what_it_read, "header", _says("control character")),
-    (sleeps, "index", _says("hung")),
-    (spins, "index", _says("hung")),
-    (eats_memory, "index", _says("MB of memory")),
-    (imports_from_here, "inside", _says("code of the checkpoint ran")),
-    (loses_a_row, "infer", _says("not whole and right")),
+    Control(loses_a_write, "short", _says("not what was to be made", "exit code 5")),
+    Control(removes_the_old_first, "kill", _says("neither what it was", "what was there was replaced")),
+    Control(publishes_piece_by_piece, "kill", _says("not whole")),
+    Control(replaces_what_is_there, "stranger", _says("a stranger's")),
+    Control(knows_no_locks, "race", _says("exit code", "not what was to be made")),
+    Control(forgets_short_writes, "short", _says("not what was to be made", "exit code 5", "exit code 4")),
+    Control(follows_links, "planted", _says("outside:", "place/other")),
+    Control(keeps_foreign_files, "resume", _says("is new")),
+    Control(trusts_checksums, "tamper", _says("exit code 0")),
+    Control(runs_pickles, "pickle", _says("code of the checkpoint ran"), seed=8),
+    Control(touches_the_source, "short", _says("source: `config.json` differs in changed")),
+    Control(reads_what_is_not_its_own, "short", _says("outside/secret.txt was read")),
+    Control(takes_a_neighbour_away, "short", _says("place/notes.txt")),
+    Control(leaves_a_file, "kill", _says("`dst.tmp` is left")),
+    Control(leaves_a_temporary_file, "short", _says("temporary files")),
+    Control(leaves_a_process, "short", _says("left processes")),
+    Control(fails, "config", _says("exit code 1", "Traceback")),
+    Control(ends_in_another_code, "kill", _says("exit code 7")),
+    Control(says_nothing, "kill", _says("0 errors")),
+    Control(lies_about_success, "error", _says("not what was to be made")),
+    Control(prints_what_it_read, "header", _says("control character")),
+    Control(sleeps, "index", _says("hung")),
+    Control(spins, "index", _says("hung")),
+    Control(eats_memory, "index", _says("MB of memory")),
+    Control(imports_from_here, "inside", _says("code of the checkpoint ran")),
+    Control(loses_a_row, "infer", _says("not whole and right")),
 ]
-"""A broken variant, the kind of trial that is to find it out, and what it is to say."""

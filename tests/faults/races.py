@@ -11,7 +11,7 @@ from faults.baseline import COMMANDS, Command, line
 from faults.runs import Fault, Run, Turns, drive
 from faults.syscalls import CHANGES, Note
 from faults.trial import Trial
-from faults.world import World
+from faults.world import World, look
 
 STOPS = CHANGES | {"list", "look"}
 
@@ -168,6 +168,8 @@ def stranger(trial: Trial) -> None:
     trial.story.append(f"at call {fault.at} a stranger: {act}")
     flags = ["--overwrite"] if replacing else []
     run = trial.run(line(command, "source", verify, *flags), fault, stops=STOPS, codes=codes)
+    if act == "empty" and world.dst.is_dir() and not any(world.dst.iterdir()):
+        world.before["place/dst"] = look(world.dst) or {}  # refused, and left as it is
     trial.judge([run], [expected])
     if not world.kept and act != "into work":
         trial.follow(command, expected, "source", verify)

@@ -34,7 +34,8 @@ def controls() -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize("name", [program.__name__ for program, _, _ in CONTROLS])
+@pytest.mark.xdist_group("faults-judge")
+@pytest.mark.parametrize("name", [control.program.__name__ for control in CONTROLS])
 def test_a_broken_variant_is_found_out(name: str, controls: dict[str, str]) -> None:
     assert controls[name] == ""
 
