@@ -2,7 +2,7 @@
 
     scripts/fault_campaign --help
 
-Modules: `syscalls` stops a process at its system calls; `runs` starts commands and drives them through what a trial has
-in store; `world` is the folder a trial happens in; `oracle` judges what is left; `sources` makes checkpoints; the others
+Modules: `syscalls` stops a process at its system calls; `runs` starts commands and drives them through what `directors`
+have in store; `world` is the folder a trial happens in; `oracle` judges what is left; `sources` makes checkpoints; the others
 are kinds of trials. Nothing here imports torch: a run is a fork of a process that has the command line loaded.
 """

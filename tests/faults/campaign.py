@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from faults import archives, inference, mutations, planted, races, reader, runs, storms, syscalls
+from faults import archives, companions, inference, mutations, planted, races, reader, resumed, runs, storms, syscalls
 from faults.baseline import Baselines
 from faults.controls import CONTROLS
 from faults.runs import Program, command_line, warm
@@ -48,8 +48,8 @@ KINDS: dict[str, Entry] = {
     "pickle": Entry(archives.pickle, 70),
     "zip": Entry(archives.zip, 60),
     "planted": Entry(planted.planted, 70),
-    "companion": Entry(planted.companion, 50),
-    "resume": Entry(planted.resume, 90),
+    "companion": Entry(companions.companion, 50),
+    "resume": Entry(resumed.resume, 90),
     "tamper": Entry(planted.tamper, 50),
     "infer": Entry(inference.infer, 25),
     "inside": Entry(inference.inside, 8),

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from faults import oracle, storms
 from faults.baseline import COMMANDS, line
+from faults.directors import Fault
 from faults.mutations import hostile, spoil
 from faults.planted import PLANTS
-from faults.runs import Fault, Run, drive
+from faults.runs import Run, drive
 from faults.syscalls import CHANGES, KINDS, Note
 from faults.trial import Trial
 from faults.world import CONTENT, OLD, differences, look

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from faults.baseline import COMMANDS, Command, line
-from faults.runs import Fault, Run, Turns, drive
+from faults.directors import Fault, Turns
+from faults.runs import Run, drive
 from faults.syscalls import CHANGES, Note
 from faults.trial import Trial
 from faults.world import World, look

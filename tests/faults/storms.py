@@ -7,7 +7,7 @@ from pathlib import Path
 
 from faults import syscalls
 from faults.baseline import line, some
-from faults.runs import Fault, Several
+from faults.directors import Fault, Several
 from faults.syscalls import CHANGES, KINDS, Note
 from faults.trial import Trial
 from faults.world import look

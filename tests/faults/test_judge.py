@@ -17,7 +17,8 @@ import pytest
 
 from faults import syscalls
 from faults.controls import CONTROLS
-from faults.runs import Fault, Run, drive, start
+from faults.directors import Fault
+from faults.runs import Run, drive, start
 from faults.syscalls import CHANGES, KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
