@@ -21,6 +21,7 @@ from llmconvert.tensors.expressions import (
     Dequantize,
     Expression,
     Fill,
+    Mean,
     NormalizeRows,
     Quantize,
     Scale,
@@ -109,7 +110,7 @@ def _rounding(expression: Expression) -> str | None:
             return None  # part of the tensor it scales; and how the source is read, too
         case Dequantize():
             return "bfloat16"  # of which the source, as it is read, has less
-        case Scale() | Shift() | NormalizeRows():
+        case Scale() | Shift() | NormalizeRows() | Mean():
             return TO_NAME[expression.dtype]
         case Fill(value=value, dtype=dtype) if value != 0.0:
             return TO_NAME[dtype]

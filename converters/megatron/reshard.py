@@ -14,11 +14,13 @@ from llmconvert.checkpoint.megatron import LATEST, open_megatron
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid, padded_vocabulary
 from llmconvert.converters.megatron.layout import cut_for, lay_out, tracked
-from llmconvert.converters.megatron.merge import Opened, open_model, shape_of, shard_pairs
+from llmconvert.converters.megatron.merge import shape_of, shard_pairs
+from llmconvert.converters.megatron.opening import Opened, beside_home, open_model
 from llmconvert.converters.megatron.parts import IMPLEMENTATIONS, Cut, check_cut
+from llmconvert.converters.megatron.replicas import refuse_differing
 from llmconvert.converters.megatron.shards import assembled, join, split
-from llmconvert.converters.megatron.split import ARGS_SCRIPT, HF_FOLDER
-from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
+from llmconvert.converters.megatron.split import ARGS_SCRIPT, in_home
+from llmconvert.converters.proofs import LOGITS, Proving, prove_written, refuse_unprovable
 from llmconvert.converters.running import Progress, Report, run
 from llmconvert.engine import manifest
 from llmconvert.engine.plan import Plan
@@ -51,12 +53,15 @@ def _plan(
     args |= {"moe_grouped_gemm": grouped} if config.num_experts else {}
     folder, tracker = tracked(None)
     outputs, files, texts = lay_out(shards, args, grid, cut, folder)
-    hf = source.path / HF_FOLDER
-    copies = {f"{HF_FOLDER}/{p.relative_to(hf)}": p for p in sorted(hf.rglob("*")) if p.is_file()}
     texts |= {LATEST: tracker.encode(), ARGS_SCRIPT: arguments.script({**described, **args}, "DIR").encode()}
-    recorded = (manifest.read(source.path) or {}).get("source")
+    copies, beside = in_home(beside_home(opened), opened.origin.config if opened.origin else None)
+    texts |= beside
+    recorded = (manifest.read(source.path) or {}).get("source") or {
+        "path": source.path.resolve().name,
+        "args": source.args,
+    }
     summary: dict[str, Any] = {
-        "source": recorded or {"path": source.path.resolve().name, "args": source.args},
+        "source": recorded | (asdict(opened.origin) if opened.origin else {}),
         "target": {"megatron": asdict(grid), "format": fmt, "transformer_impl": implementation},
         "steps": [], "dropped": opened.dropped,
     }  # fmt: skip
@@ -84,6 +89,7 @@ def reshard_checkpoint(
     vocab_size: int | None = None,
     config: Path | None = None,
     trust_pickle: bool = False,
+    replica: str | None = None,
     verify: str = "logits",
     device: str = "auto",
     load: str = "auto",
@@ -106,7 +112,9 @@ def reshard_checkpoint(
         raise Usage("`--workers` must be at least 1")
     if not dry_run:
         check_destination(source, destination, overwrite=overwrite)
-    opened = open_model(source, iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle)
+    opened = open_model(
+        source, iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle, replica=replica
+    )
     implementation = transformer_impl or opened.transformer_impl
     if implementation not in IMPLEMENTATIONS:
         raise Usage(
@@ -114,7 +122,7 @@ def reshard_checkpoint(
         )
     grouped = opened.cut.grouped if grouped is None else grouped
     plan, ledger, cut = _plan(opened, grid, fmt, implementation, grouped, divisible_by)
-    old, notes = opened.checkpoint, tuple[str, ...]()
+    old, notes = opened.checkpoint, opened.notes
     if old.left_out:
         notes += (f"{old.left_out / 1e9:.2f} GB of optimizer and random state are left out",)
     report = Report(
@@ -138,6 +146,8 @@ def reshard_checkpoint(
     if dry_run:
         return report
     refuse_unprovable(proving, [("source", source)])
+    if proving.verify == LOGITS:
+        refuse_differing(opened.joined)
     return run(
         plan, source, destination, report, proving, workers, overwrite, resume, sync, progress,
         pairs=lambda written: _pairs(opened, cut, written),
