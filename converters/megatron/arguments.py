@@ -15,7 +15,7 @@ from llmconvert.canonical.model import LATENT_NORM_EPS, CanonicalConfig, traits
 from llmconvert.converters.megatron.grid import Grid
 from llmconvert.errors import BadInput, Refused
 
-HOLDS = frozenset(
+_HOLDS = frozenset(
     {"qkv_bias", "o_bias", "mlp_bias", "tied_embeddings", "interleaved_rotary", "partial_rotary", "grouped_query",
      "explicit_head_dim", "rope_scaling", "qk_norm", "moe", "dense_layers", "shared_experts", "shared_expert_gate",
      "sigmoid_router", "router_bias", "router_groups", "routed_scaling", "mla", "mtp"}
@@ -31,13 +31,33 @@ _YARN = {
 }  # fmt: skip
 """YaRN's settings and what megatron-core calls them; it knows them with latent attention."""
 _YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+_YARN_FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
+"""What Megatron-LM trains latent attention with: fields of MLATransformerConfig that no option sets.
+
+So it is in core 0.14 to 0.19, whose `--yarn-…` are for attention without latents (`argument_utils.
+_apply_yarn_config_from_args`); `--use-checkpoint-args` does not take them either.
+"""
 
 NOT_CARRIED = (
     "norm-epsilon", "qk-layernorm", "use-rope-scaling", "rope-scaling-factor", "multi-latent-attention", "q-lora-rank",
-    "kv-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim", "rotary-scaling-factor", "mscale",
-    "mscale-all-dim", "moe-router-num-groups", "moe-router-group-topk", "mtp-num-layers", "moe-shared-expert-gate",
+    "kv-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim", "rope-type", "rotary-scaling-factor", "mscale",
+    "mscale-all-dim", "moe-router-num-groups", "moe-router-group-topk", "moe-router-dtype", "mtp-num-layers",
+    "moe-shared-expert-gate", "transformer-impl",
 )  # fmt: skip
-"""Options `--use-checkpoint-args` does not take from a checkpoint."""
+"""Options of a model that `--use-checkpoint-args` does not take from a checkpoint (`load_args_from_checkpoint`)."""
+
+
+BIASES = "megatron-core has biases on q, k and v, or on all linear layers; with experts not on all, with latents on none of q, k and v"
+
+
+def holds(config: CanonicalConfig) -> frozenset[str]:
+    """Traits megatron-core's GPT model can have, given the others a model has.
+
+    `add_bias_linear` would give the router and each expert biases, and shared experts refuse it (`moe/router.py`,
+    `moe/shared_experts.py`); the projections of latent attention never have any (`multi_latent_attention.py`).
+    """
+    lacking = {"o_bias", "mlp_bias"} if config.num_experts else set()
+    return _HOLDS - lacking - ({"qkv_bias"} if config.kv_lora_rank is not None else set())
 
 
 def coupled(config: CanonicalConfig) -> tuple[tuple[str, ...], ...]:
@@ -62,7 +82,7 @@ def check_holds(config: CanonicalConfig) -> None:
     kind = scaling.get("rope_type", scaling.get("type"))
     if c.kv_lora_rank is not None and kind == "yarn":
         odd = {key: scaling[key] for key in scaling if key not in {*_YARN, "rope_type", "type"}}
-        settings = _yarn(scaling)
+        settings = _yarn(config)
         if odd or (not settings["mscale_all_dim"] and settings["mscale"] != 1.0):
             raise Refused(f"megatron-core computes YaRN otherwise with {odd or dict(scaling)}")
         return
@@ -74,12 +94,18 @@ def check_holds(config: CanonicalConfig) -> None:
         )
 
 
-def _yarn(scaling: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: scaling[key] if scaling.get(key) is not None else _YARN_DEFAULTS.get(key) for key in _YARN}
+def _yarn(config: CanonicalConfig) -> dict[str, Any]:
+    """YaRN's settings in full; transformers takes the context for the original one where a config names none."""
+    assert config.rope_scaling is not None
+    defaults = {**_YARN_DEFAULTS, "original_max_position_embeddings": config.max_position_embeddings}
+    return {
+        **defaults,
+        **{key: value for key, value in config.rope_scaling.items() if key in _YARN and value is not None},
+    }
 
 
 def departures(config: CanonicalConfig) -> tuple[str, ...]:
-    """Where megatron-core is known to compute something else, in words: weights are the same, logits differ."""
+    """Where Megatron-LM is known to compute something else, in words: weights are the same, logits differ."""
     c, found = config, []
     if c.num_experts and c.n_group > 1 and c.topk_method != "greedy":
         best, here = 2 if c.topk_method == "noaux_tc" else 1, c.num_experts_per_tok // c.topk_group
@@ -93,6 +119,16 @@ def departures(config: CanonicalConfig) -> tuple[str, ...]:
             f"the norms inside latent attention have an eps of {LATENT_NORM_EPS:g}, in megatron-core that of the others, "
             f"{c.rms_norm_eps:g}"
         )
+    if c.kv_lora_rank is not None and c.rope_scaling is not None:
+        settings = _yarn(c)
+        odd = [
+            f"{key} {settings[key]:g}, there {fixed:g}" for key, fixed in _YARN_FIXED.items() if settings[key] != fixed
+        ]
+        if odd:
+            found.append(
+                f"YaRN has {', '.join(odd)}: Megatron-LM trains another model, unless its code sets these fields of "
+                "MLATransformerConfig, which no option does"
+            )
     return tuple(found)
 
 
@@ -134,7 +170,7 @@ def _latent(c: CanonicalConfig) -> dict[str, Any]:
     """Arguments of latent attention."""
     if c.kv_lora_rank is None:
         return {"multi_latent_attention": False}
-    scaling = _yarn(c.rope_scaling) if c.rope_scaling else None
+    scaling = _yarn(c) if c.rope_scaling else None
     return {
         "multi_latent_attention": True, "q_lora_rank": c.q_lora_rank, "kv_lora_rank": c.kv_lora_rank,
         "qk_head_dim": c.qk_nope_head_dim, "qk_pos_emb_head_dim": c.qk_rope_head_dim, "v_head_dim": c.v_head_dim,
@@ -175,7 +211,6 @@ def to_arguments(
         "apply_residual_connection_post_layernorm": False,
         "untie_embeddings_and_output_weights": not c.tie_word_embeddings,
         "attention_dropout": 0.0, "hidden_dropout": 0.0, "mtp_num_layers": c.num_nextn_predict_layers or None,
-        "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": None,
         "tensor_model_parallel_size": grid.tp, "pipeline_model_parallel_size": grid.pp,
         "virtual_pipeline_model_parallel_size": grid.vpp if grid.vpp > 1 else None,
         "decoder_first_pipeline_num_layers": grid.first, "decoder_last_pipeline_num_layers": grid.last,
@@ -243,8 +278,10 @@ def from_arguments(args: Mapping[str, Any], vocab_size: int | None = None) -> Ca
     if args.get("use_rope_scaling"):
         scaling = {"rope_type": "llama3", "factor": float(get("rope_scaling_factor")), **_LLAMA3}
     latent = bool(args.get("multi_latent_attention"))
-    if latent and args.get("rope_type", "yarn") == "yarn":
-        scaling = {"rope_type": "yarn"} | {key: args[name] for key, name in _YARN.items() if args.get(name) is not None}
+    if latent:
+        scaling = _latent_scaling(args)
+    elif args.get("position_embedding_type") == "yarn":
+        raise Refused("YaRN without latent attention (`position_embedding_type` yarn) is not read", where="args")
     true_size = vocab_size or args.get("vocab_size")
     if not isinstance(true_size, int):
         raise BadInput(
@@ -277,6 +314,25 @@ def from_arguments(args: Mapping[str, Any], vocab_size: int | None = None) -> Ca
         **(_from_mixture(args, get) if args.get("num_experts") else {}),
         **(_from_latent(args, get) if latent else {}),
     )
+
+
+def _latent_scaling(args: Mapping[str, Any]) -> dict[str, Any] | None:
+    """YaRN as MLATransformerConfig has it from the arguments and its own defaults; None where that is plain rotation."""
+    factor, everywhere = float(args.get("rotary_scaling_factor") or 40.0), args.get("mscale_all_dim") or 0.0
+    if factor == 1.0:  # what Megatron-LM calls YaRN by default
+        return None
+    if (args.get("rope_type") or "yarn") == "yarn":
+        defaults = {**_YARN_DEFAULTS, **_YARN_FIXED, "factor": factor}
+        return {"rope_type": "yarn"} | {
+            key: args[name] if args.get(name) is not None else defaults[key] for key, name in _YARN.items()
+        }
+    if everywhere:
+        raise Refused(
+            f"megatron-core scales attention by `mscale_all_dim` {everywhere} without YaRN too, and no Hugging Face model "
+            "here does",
+            where="args",
+        )
+    return None
 
 
 def _from_latent(args: Mapping[str, Any], get: Callable[..., Any]) -> dict[str, Any]:
@@ -339,7 +395,7 @@ def flags(args: Mapping[str, Any]) -> list[str]:
         "--moe-router-topk-scaling-factor", "--moe-router-num-groups", "--moe-router-group-topk", "--moe-router-dtype",
         "--moe-shared-expert-intermediate-size", "--moe-layer-freq", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim",
         "--qk-pos-emb-head-dim", "--v-head-dim", "--rope-type", "--rotary-scaling-factor", "--mscale", "--mscale-all-dim",
-        "--mtp-num-layers",
+        "--mtp-num-layers", "--transformer-impl",
     ]  # fmt: skip
     switches = [
         "--swiglu", "--add-qkv-bias", "--qk-layernorm", "--rotary-interleaved", "--use-rope-scaling",
@@ -351,7 +407,9 @@ def flags(args: Mapping[str, Any]) -> list[str]:
     def value(option: str) -> Any:
         return args.get(option[2:].replace("-", "_"))
 
-    found = [f"{option} {shlex.quote(str(value(option)))}" for option in options if value(option) is not None]
+    # Megatron-LM takes a list of layers only without spaces in it.
+    given = {option: str(value(option)).replace(" ", "") for option in options if value(option) is not None}
+    found = [f"{option} {shlex.quote(text)}" for option, text in given.items()]
     if args["group_query_attention"]:
         found += ["--group-query-attention", f"--num-query-groups {args['num_query_groups']}"]
     if args["use_rope_scaling"]:
@@ -370,12 +428,15 @@ def flags(args: Mapping[str, Any]) -> list[str]:
 
 def script(args: Mapping[str, Any], directory: str) -> str:
     """A shell fragment with the options, to be sourced by a training script."""
+    found = flags(args)
+    names = {flag.split()[0] for flag in found}
+    lost = ", ".join(f"--{name}" for name in NOT_CARRIED if f"--{name}" in names)
     lines = [
         '# Options of Megatron-LM for this checkpoint; source it and pass "${MODEL_ARGS[@]}" to pretrain_gpt.py.',
-        f"# --use-checkpoint-args does not take {', '.join('--' + name for name in NOT_CARRIED)} from a checkpoint:",
+        f"# --use-checkpoint-args does not take {lost} from a checkpoint:",
         "# give them here, or the model trained is another.",
         "MODEL_ARGS=(",
-        *(f"    {flag}" for flag in flags(args)),
+        *(f"    {flag}" for flag in found),
         ")",
         f"# --load {directory} --ckpt-format {args['ckpt_format']} --no-load-optim --no-load-rng --finetune",
     ]
