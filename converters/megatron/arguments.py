@@ -77,6 +77,8 @@ def check_holds(config: CanonicalConfig) -> None:
             f"megatron-core divides sigmoid scores by their sum if several experts are chosen, and does not if one is; the "
             f"checkpoint says norm_topk_prob {c.norm_topk_prob} and num_experts_per_tok {c.num_experts_per_tok}"
         )
+    if c.num_experts and c.scoring_func == "softmax" and c.norm_topk_prob and c.num_experts_per_tok == 1:
+        raise Refused("a token's one expert weighs 1 whatever the router says, and megatron-core trains no such router")
     if scaling is None:
         return
     kind = scaling.get("rope_type", scaling.get("type"))
@@ -130,6 +132,13 @@ def departures(config: CanonicalConfig) -> tuple[str, ...]:
                 "MLATransformerConfig, which no option does"
             )
     return tuple(found)
+
+
+def remarks(config: CanonicalConfig) -> tuple[str, ...]:
+    """What a user should know of a model in Megatron-LM: `departures`, and what its command line does not take."""
+    base = config.rope_theta
+    odd = f"`--rotary-base` takes whole numbers, and this is {base!r}: Megatron-LM has it by `--use-checkpoint-args` alone"
+    return departures(config) + (() if float(base).is_integer() else (odd,))
 
 
 def refuse_departures(config: CanonicalConfig) -> None:

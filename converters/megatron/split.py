@@ -190,7 +190,7 @@ def plan_split(
         checkpoint.path, outputs, files, texts, copies, model.checks, _identity(checkpoint, files, summary), summary
     )
     ledger = account(plan, checkpoint.tensors, lifted.dropped | checked_away(model))
-    notes = lifted.notes + extra.notes + arguments.departures(model.config)
+    notes = lifted.notes + extra.notes + arguments.remarks(model.config)
     eight = sum(tensor.dtype == FP8 for tensor in checkpoint.tensors.values())
     if eight:
         notes += (f"{eight} FP8 tensors are dequantised in float32 and rounded once",)
