@@ -18,7 +18,7 @@ from llmconvert.converters.megatron.parts import IMPLEMENTATIONS, Cut
 from llmconvert.converters.megatron.replicas import check_policy, settle
 from llmconvert.converters.megatron.shards import Joined, assembled, find_implementation, join
 from llmconvert.converters.planning import Origin, recorded_origin
-from llmconvert.errors import BadInput, Usage
+from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.spec.dialect import read_config
 from llmconvert.spec.registry import Registry, registry
 from llmconvert.tensors.expressions import Expression
@@ -96,9 +96,9 @@ def open_model(
     checkpoint = open_megatron(source, iteration=iteration, trust_pickle=trust_pickle)
     args, origin = dict(checkpoint.args), recorded_origin(source)
     file = _config_file(source, config)
-    if config is not None or (origin is None and file.is_file()):
-        origin = _origin(known, file)
-        args = _completed(args, origin, known, checkpoint)
+    if config is not None or origin is None:
+        origin = _origin(known, file, asked=config is not None)
+        args = _completed(args, origin, known, checkpoint) if origin else args
     model = arguments.from_arguments(args, vocab_size or args.get("vocab_size"))
     shards = assembled(checkpoint)
     padded = args.get("padded_vocab_size") or _padded(shards, checkpoint.tp)
@@ -120,9 +120,17 @@ def _config_file(source: Path, config: Path | None) -> Path:
     return config / CONFIG if config.is_dir() else config
 
 
-def _origin(known: Registry, file: Path) -> Origin:
+def _origin(known: Registry, file: Path, *, asked: bool) -> Origin | None:
+    """What a config.json says a checkpoint came from; None where nobody asked for one and there is none to understand."""
+    if not asked and not file.is_file():
+        return None
     config = read_json(file)
-    return Origin(known.detect(config).name, config)
+    try:
+        return Origin(known.detect(config).name, config)
+    except (BadInput, Refused):
+        if asked:
+            raise
+        return None
 
 
 def beside_home(opened: Opened) -> Companions:

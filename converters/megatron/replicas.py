@@ -36,8 +36,9 @@ class Difference:
     scale: float
 
     def __str__(self) -> str:
-        place, name = self.replica.shards[0]
-        return f"`{name}` of {where(place)}: {self.size:.2g}, where the largest entry is {self.scale:.2g}"
+        (place, name), (first, _) = self.replica.shards[0], self.replica.first[0]
+        apart = f"{self.size:.2g} between {where(first)} and {where(place)}"
+        return f"`{name}`, {apart}, where the largest entry is {self.scale:.2g}"
 
 
 def check_policy(policy: str | None) -> None:
