@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from llmconvert.converters.megatron import arguments
-from llmconvert.converters.megatron.grid import Grid
+from llmconvert.converters.megatron.described import from_arguments
+from llmconvert.converters.megatron.grid import Grid, chunks
 from llmconvert.converters.megatron.merge import merge_checkpoint
 from llmconvert.converters.megatron.split import arguments_for, split_checkpoint
-from llmconvert.errors import Refused, Usage
+from llmconvert.errors import BadInput, LlmconvertError, Refused, Usage
 
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 8192}  # fmt: skip
@@ -197,20 +198,59 @@ def test_a_run_without_rope_type_trained_yarn_with_cores_own_settings(tmp_path: 
     """`--rope-type` is None by default, which is YaRN with latent attention (MLATransformerConfig)."""
     source = checkpoints.make("deepseek_v3", tmp_path / "source", rope_scaling=_YARN, **_ROUTED_ALIKE)
     args = run_args(source, rope_type=None, rotary_scaling_factor=40.0, mscale=0.7, mscale_all_dim=0.9)
-    assert arguments.from_arguments(args).rope_scaling == {
+    assert from_arguments(args).rope_scaling == {
         "rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "beta_fast": 32.0,
         "beta_slow": 1.0, "mscale": 0.7, "mscale_all_dim": 0.9,
     }  # fmt: skip
     plain = run_args(source, rope_type=None, rotary_scaling_factor=1.0, mscale=1.0, mscale_all_dim=0.0)
-    assert arguments.from_arguments(plain).rope_scaling is None
-    assert arguments.from_arguments(plain | {"rope_type": "rope", "rotary_scaling_factor": 40.0}).rope_scaling is None
+    assert from_arguments(plain).rope_scaling is None
+    assert from_arguments(plain | {"rope_type": "rope", "rotary_scaling_factor": 40.0}).rope_scaling is None
     with pytest.raises(Refused, match="mscale_all_dim"):
-        arguments.from_arguments(args | {"rope_type": "rope"})
+        from_arguments(args | {"rope_type": "rope"})
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("1", (True,) * 3), ("2", (True, False, True)), ("([0]*1+[1]*2)", (False, True, True)), ("[0, 1, 1]", (False, True, True)),
+     ("([1]+[0])*1+[1]", (True, False, True))],
+)  # fmt: skip
+def test_layers_with_experts_as_they_are_typed(text: str, layers: tuple[bool, ...], made: dict[str, Path]) -> None:
+    assert from_arguments(run_args(made["mixtral"], moe_layer_freq=text)).moe_layers == layers
+    for wrong in ("[0]*", "import os", "[0]+1", "[1]*2", "[0]*999999999", "(" * 5000):
+        with pytest.raises(BadInput, match="moe_layer_freq"):
+            from_arguments(run_args(made["mixtral"], moe_layer_freq=wrong))
+
+
+def test_one_sigmoid_score_is_not_divided_by_itself(made: dict[str, Path]) -> None:
+    args = run_args(made["glm4_moe"])
+    assert from_arguments(args).norm_topk_prob
+    assert not from_arguments(args | {"moe_router_topk": 1}).norm_topk_prob
+
+
+JUNK = ("x", -1, 0, 1.5, [], [1], ["a"], [0, 10**30], True, 10**30, float("nan"), float("inf"), {"a": 1})
+
+
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "glm4_moe"])
+def test_senseless_arguments_are_bad_input(name: str, made: dict[str, Path]) -> None:
+    args = run_args(made[name])
+    from_arguments(args)
+    for key in args:
+        for junk in JUNK:
+            changed = args | {key: junk}
+            try:
+                config = from_arguments(changed)
+                grid = arguments.grid_of(changed, 1, 1, 1, 1, 1)
+                chunks(config.num_hidden_layers, grid, config.num_nextn_predict_layers)
+            except LlmconvertError:
+                pass
+    for junk in ("x", 1.5, 10**30, [1]):
+        with pytest.raises(BadInput, match="`num_layers`"):
+            from_arguments(args | {"num_layers": junk})
 
 
 def test_yarn_without_latents_is_not_read_as_none(made: dict[str, Path]) -> None:
     with pytest.raises(Refused, match="YaRN without latent attention"):
-        arguments.from_arguments(run_args(made["llama"], position_embedding_type="yarn"))
+        from_arguments(run_args(made["llama"], position_embedding_type="yarn"))
 
 
 def test_a_rotary_base_the_parser_does_not_take_is_told(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A model's config as Megatron-LM's arguments, and back.
+"""A model's config as Megatron-LM's arguments: what it holds, what they say, and how they are typed.
 
 Names are Megatron-LM's (`megatron/training/arguments.py`). What a checkpoint's `args` carry is read by its
 `--use-checkpoint-args`; what they do not carry has to be given on the training command line: `flags`.
@@ -6,14 +6,13 @@ Names are Megatron-LM's (`megatron/training/arguments.py`). What a checkpoint's 
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from llmconvert.canonical.model import LATENT_NORM_EPS, CanonicalConfig, traits
 from llmconvert.converters.megatron.grid import Grid
-from llmconvert.errors import BadInput, Refused
+from llmconvert.errors import Refused
 
 _HOLDS = frozenset(
     {"qkv_bias", "o_bias", "mlp_bias", "tied_embeddings", "interleaved_rotary", "partial_rotary", "grouped_query",
@@ -22,16 +21,16 @@ _HOLDS = frozenset(
 )  # fmt: skip
 """Traits megatron-core's GPT model can have."""
 
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What megatron-core fixes of Llama 3's rotary scaling."""
 
-_YARN = {
+YARN = {
     "factor": "rotary_scaling_factor", "original_max_position_embeddings": "original_max_position_embeddings",
     "beta_fast": "beta_fast", "beta_slow": "beta_slow", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim",
 }  # fmt: skip
 """YaRN's settings and what megatron-core calls them; it knows them with latent attention."""
-_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
-_YARN_FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
+YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+YARN_FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
 """What Megatron-LM trains latent attention with: fields of MLATransformerConfig that no option sets.
 
 So it is in core 0.14 to 0.19, whose `--yarn-…` are for attention without latents (`argument_utils.
@@ -83,15 +82,15 @@ def check_holds(config: CanonicalConfig) -> None:
         return
     kind = scaling.get("rope_type", scaling.get("type"))
     if c.kv_lora_rank is not None and kind == "yarn":
-        odd = {key: scaling[key] for key in scaling if key not in {*_YARN, "rope_type", "type"}}
+        odd = {key: scaling[key] for key in scaling if key not in {*YARN, "rope_type", "type"}}
         settings = _yarn(config)
         if odd or (not settings["mscale_all_dim"] and settings["mscale"] != 1.0):
             raise Refused(f"megatron-core computes YaRN otherwise with {odd or dict(scaling)}")
         return
-    fixed = {key: scaling.get(key) for key in _LLAMA3}
-    if kind != "llama3" or fixed != _LLAMA3:
+    fixed = {key: scaling.get(key) for key in LLAMA3}
+    if kind != "llama3" or fixed != LLAMA3:
         raise Refused(
-            f"megatron-core does not compute rotary scaling {dict(scaling)}: it knows Llama 3's, with {_LLAMA3}",
+            f"megatron-core does not compute rotary scaling {dict(scaling)}: it knows Llama 3's, with {LLAMA3}",
             hint="to train at lengths below the original one, remove `rope_scaling` in a copy of config.json",
         )
 
@@ -99,10 +98,10 @@ def check_holds(config: CanonicalConfig) -> None:
 def _yarn(config: CanonicalConfig) -> dict[str, Any]:
     """YaRN's settings in full; transformers takes the context for the original one where a config names none."""
     assert config.rope_scaling is not None
-    defaults = {**_YARN_DEFAULTS, "original_max_position_embeddings": config.max_position_embeddings}
+    defaults = {**YARN_DEFAULTS, "original_max_position_embeddings": config.max_position_embeddings}
     return {
         **defaults,
-        **{key: value for key, value in config.rope_scaling.items() if key in _YARN and value is not None},
+        **{key: value for key, value in config.rope_scaling.items() if key in YARN and value is not None},
     }
 
 
@@ -124,7 +123,7 @@ def departures(config: CanonicalConfig) -> tuple[str, ...]:
     if c.kv_lora_rank is not None and c.rope_scaling is not None:
         settings = _yarn(c)
         odd = [
-            f"{key} {settings[key]:g}, there {fixed:g}" for key, fixed in _YARN_FIXED.items() if settings[key] != fixed
+            f"{key} {settings[key]:g}, there {fixed:g}" for key, fixed in YARN_FIXED.items() if settings[key] != fixed
         ]
         if odd:
             found.append(
@@ -186,7 +185,7 @@ def _latent(c: CanonicalConfig) -> dict[str, Any]:
         "kv_channels": c.v_head_dim, "group_query_attention": False, "num_query_groups": c.num_attention_heads,
         "qk_layernorm": True, "rope_type": "yarn" if scaling else "rope", "rotary_interleaved": False,
         "rotary_percent": 1.0, "use_rope_scaling": False, "rope_scaling_factor": 8.0,
-        **({_YARN[key]: value for key, value in scaling.items()} if scaling else {}),
+        **({YARN[key]: value for key, value in scaling.items()} if scaling else {}),
     }  # fmt: skip
 
 
@@ -243,153 +242,6 @@ def grid_of(args: Mapping[str, Any], tp: int, pp: int, vpp: int, ep: int, etp: i
         bool(args.get("account_for_embedding_in_pipeline_split")), bool(args.get("account_for_loss_in_pipeline_split")),
         args.get("pipeline_model_parallel_layout") or None, ep, etp,
     )  # fmt: skip
-
-
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "normalization": ("RMSNorm",), "swiglu": (True,), "squared_relu": (None, False), "quick_geglu": (None, False),
-    "apply_layernorm_1p": (None, False), "window_size": (None,), "moe_router_score_function": (None, "softmax", "sigmoid"),
-    "moe_apply_probs_on_input": (None, False), "cache_mla_latents": (None, False), "rotary_seq_len_interpolation_factor": (None, 1),
-    "apply_residual_connection_post_layernorm": (None, False), "qk_l2_norm": (None, False),
-    "attention_output_gate": (None, False), "softmax_scale": (None,),
-}  # fmt: skip
-"""Arguments that change the maths, with the values under which it is that of a dense Llama."""
-
-
-def from_arguments(args: Mapping[str, Any], vocab_size: int | None = None) -> CanonicalConfig:
-    """The model a checkpoint's arguments describe.
-
-    Args:
-        args: as in the checkpoint.
-        vocab_size: the true vocabulary, where the arguments do not say.
-
-    Raises:
-        Refused: a model that is no decoder with RMSNorm, rotary embedding and SwiGLU.
-        BadInput: the arguments lack a size.
-    """
-    wrong = [f"`{key}` {args.get(key)!r}" for key, allowed in _FIXED.items() if args.get(key) not in allowed]
-    if args.get("position_embedding_type") not in ("rope", "yarn") and not args.get("use_rotary_position_embeddings"):
-        wrong.append(f"`position_embedding_type` {args.get('position_embedding_type')!r}")
-    if wrong:
-        raise Refused(f"no Hugging Face model here computes {', '.join(wrong)}", where="args")
-
-    def get(*keys: str) -> Any:
-        found = next((args[key] for key in keys if args.get(key) is not None), None)
-        if found is None:
-            raise BadInput(f"the checkpoint's args lack `{keys[0]}`", where="args", hint="give `--config CONFIG.json`")
-        return found
-
-    heads, hidden = get("num_attention_heads"), get("hidden_size")
-    grouped = args.get("group_query_attention", True)
-    head_dim = args.get("kv_channels") or hidden // heads
-    share = args.get("rotary_percent")
-    biases = bool(args.get("add_bias_linear"))
-    scaling = None
-    if args.get("use_rope_scaling"):
-        scaling = {"rope_type": "llama3", "factor": float(get("rope_scaling_factor")), **_LLAMA3}
-    latent = bool(args.get("multi_latent_attention"))
-    if latent:
-        scaling = _latent_scaling(args)
-    elif args.get("position_embedding_type") == "yarn":
-        raise Refused("YaRN without latent attention (`position_embedding_type` yarn) is not read", where="args")
-    true_size = vocab_size or args.get("vocab_size")
-    if not isinstance(true_size, int):
-        raise BadInput(
-            f"the true vocabulary is not in the args, only the padded one of {args.get('padded_vocab_size')}",
-            where="args",
-            hint="give `--vocab-size`, the number of tokens of the tokenizer",
-        )
-    if latent:
-        head_dim, share, grouped = get("qk_pos_emb_head_dim"), None, False
-    return CanonicalConfig(
-        hidden_size=hidden,
-        intermediate_size=get("ffn_hidden_size"),
-        num_hidden_layers=get("num_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=(args.get("num_query_groups") or heads) if grouped else heads,
-        head_dim=head_dim,
-        vocab_size=true_size,
-        rms_norm_eps=get("norm_epsilon", "layernorm_epsilon"),
-        max_position_embeddings=get("max_position_embeddings", "seq_length"),
-        rope_theta=float(args.get("rotary_base") or 10000),
-        rotary_dim=head_dim if share is None or share >= 1.0 else int(head_dim * share),
-        rope_scaling=scaling,
-        rotary_interleaved=latent or bool(args.get("rotary_interleaved")),
-        tie_word_embeddings=not args.get("untie_embeddings_and_output_weights"),
-        qkv_bias=biases or bool(args.get("add_qkv_bias")),
-        o_bias=biases,
-        mlp_bias=biases,
-        qk_norm=bool(args.get("qk_layernorm")) and not latent,
-        num_nextn_predict_layers=args.get("mtp_num_layers") or 0,
-        **(_from_mixture(args, get) if args.get("num_experts") else {}),
-        **(_from_latent(args, get) if latent else {}),
-    )
-
-
-def _latent_scaling(args: Mapping[str, Any]) -> dict[str, Any] | None:
-    """YaRN as MLATransformerConfig has it from the arguments and its own defaults; None where that is plain rotation."""
-    factor, everywhere = float(args.get("rotary_scaling_factor") or 40.0), args.get("mscale_all_dim") or 0.0
-    if factor == 1.0:  # what Megatron-LM calls YaRN by default
-        return None
-    if (args.get("rope_type") or "yarn") == "yarn":
-        defaults = {**_YARN_DEFAULTS, **_YARN_FIXED, "factor": factor}
-        return {"rope_type": "yarn"} | {
-            key: args[name] if args.get(name) is not None else defaults[key] for key, name in _YARN.items()
-        }
-    if everywhere:
-        raise Refused(
-            f"megatron-core scales attention by `mscale_all_dim` {everywhere} without YaRN too, and no Hugging Face model "
-            "here does",
-            where="args",
-        )
-    return None
-
-
-def _from_latent(args: Mapping[str, Any], get: Callable[..., Any]) -> dict[str, Any]:
-    if not args.get("qk_layernorm"):
-        raise Refused(
-            "no Hugging Face model here has latent attention without norms (`qk_layernorm` False)", where="args"
-        )
-    return {
-        "q_lora_rank": args.get("q_lora_rank"), "kv_lora_rank": get("kv_lora_rank"),
-        "qk_nope_head_dim": get("qk_head_dim"), "qk_rope_head_dim": get("qk_pos_emb_head_dim"),
-        "v_head_dim": get("v_head_dim"),
-    }  # fmt: skip
-
-
-def _from_mixture(args: Mapping[str, Any], get: Callable[..., Any]) -> dict[str, Any]:
-    sigmoid = args.get("moe_router_score_function") == "sigmoid"
-    groups = args.get("moe_router_num_groups") or 1
-    biased = bool(args.get("moe_router_enable_expert_bias"))
-    layers, count = args.get("moe_layer_freq", 1), get("num_layers")
-    if isinstance(layers, str):
-        layers = _layer_list(layers)
-    if isinstance(layers, int):
-        layers = [i % layers == 0 for i in range(count)]
-    if len(layers) != count:
-        raise BadInput(f"`moe_layer_freq` speaks of {len(layers)} layers, `num_layers` of {count}", where="args")
-    return {
-        "num_experts": get("num_experts"), "num_experts_per_tok": args.get("moe_router_topk") or 2,
-        "moe_layers": tuple(map(bool, layers)), "moe_intermediate_size": get("moe_ffn_hidden_size", "ffn_hidden_size"),
-        "shared_expert_intermediate_size": args.get("moe_shared_expert_intermediate_size") or 0,
-        "shared_expert_gate": bool(args.get("moe_shared_expert_gate")),
-        "scoring_func": "sigmoid" if sigmoid else "softmax",
-        "norm_topk_prob": sigmoid or not args.get("moe_router_pre_softmax"),
-        "routed_scaling_factor": args.get("moe_router_topk_scaling_factor") or 1.0,
-        "topk_method": "noaux_tc" if biased else "group_limited_greedy" if groups > 1 else "greedy",
-        "n_group": groups, "topk_group": args.get("moe_router_group_topk") or 1, "router_bias": biased,
-    }  # fmt: skip
-
-
-def _layer_list(text: str) -> int | list[int]:
-    """`moe_layer_freq` as it is typed: a number, or a Python list such as `([0]*3+[1]*58)`."""
-    if re.fullmatch(r"[\s\d\[\](),*+]+", text) is None:
-        raise BadInput(f"`moe_layer_freq` {text!r} is not understood", where="args")
-    result: list[int] = []
-    if text.strip().isdigit():
-        return int(text)
-    for entries, times in re.findall(r"\[([\d\s,]*)\](?:\s*\*\s*(\d+))?", text):
-        result += [int(entry) for entry in entries.split(",") if entry.strip()] * int(times or 1)
-    return result
 
 
 def flags(args: Mapping[str, Any]) -> list[str]:

@@ -133,6 +133,8 @@ def _by_layout(num_layers: int, grid: Grid, further: int) -> list[int]:
     text = grid.layout.replace(",", "").replace(" ", "")
     for pattern in (r"\(([^()]*)\)\*(\d+)", r"([A-Za-z])\*(\d+)"):
         while (match := re.search(pattern, text)) is not None:
+            if len(text) > 100_000 or len(match[2]) > 6:
+                raise Usage("the layout has more layers than any model")
             text = text[: match.start()] + match[1] * int(match[2]) + text[match.end() :]
     stages = text.split("|")
     # megatron-core refuses a layout without an m for each (`validate_layer_layout`).

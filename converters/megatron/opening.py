@@ -12,6 +12,7 @@ from llmconvert.checkpoint.directory import Checkpoint, read_json
 from llmconvert.checkpoint.megatron import MegatronCheckpoint, open_megatron
 from llmconvert.converters.companions import Companions, companions
 from llmconvert.converters.megatron import arguments
+from llmconvert.converters.megatron.described import from_arguments
 from llmconvert.converters.megatron.grid import Grid, chunks
 from llmconvert.converters.megatron.layout import dist_cut
 from llmconvert.converters.megatron.parts import IMPLEMENTATIONS, Cut
@@ -99,7 +100,7 @@ def open_model(
     if config is not None or origin is None:
         origin = _origin(known, file, asked=config is not None)
         args = _completed(args, origin, known, checkpoint) if origin else args
-    model = arguments.from_arguments(args, vocab_size or args.get("vocab_size"))
+    model = from_arguments(args, vocab_size or args.get("vocab_size"))
     shards = assembled(checkpoint)
     padded = args.get("padded_vocab_size") or _padded(shards, checkpoint.tp)
     if padded < model.vocab_size or padded % checkpoint.tp:

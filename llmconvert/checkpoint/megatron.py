@@ -24,6 +24,7 @@ from llmconvert.errors import BadInput, Refused
 
 LATEST = "latest_checkpointed_iteration.txt"
 RANK_FILE = "model_optim_rng.pt"
+_MOST_RANKS = 100_000
 _RANK = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
 
 
@@ -202,6 +203,11 @@ def _files(
     Raises:
         BadInput: ranks are missing or too many.
     """
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+             "expert_tensor_parallel_size")  # fmt: skip
+    for key in sizes:
+        if not isinstance(args.get(key), int | None) or not 1 <= (args.get(key) or 1) <= _MOST_RANKS:
+            raise BadInput(f"args say {key} {str(args[key])[:40]!r}", where=str(release))
     numbers = {name: [int(text) for text in name.split("_")[2:]] for name in folders}
     ep = args.get("expert_model_parallel_size") or 1
     pipelined = (args.get("pipeline_model_parallel_size") or (2 if ep == 1 else 1)) > 1

@@ -367,12 +367,18 @@ def normalize_rows(operand: Expression) -> Expression:
     return NormalizeRows(operand.shape, operand.dtype, operand)
 
 
+WIDENS = frozenset({("BF16", "F32"), ("BF16", "F64"), ("F16", "F32"), ("F16", "F64"), ("F32", "F64")})
+"""Casts that round nothing."""
+
+
 def cast(operand: Expression, dtype: str) -> Expression:
     """The operand in another float type."""
     if operand.dtype == dtype:
         return operand
     if isinstance(operand, Fill):
         return Fill(operand.shape, dtype, operand.value)
+    if isinstance(operand, Cast) and (operand.operand.dtype, operand.dtype) in WIDENS:
+        return cast(operand.operand, dtype)
     return Cast(operand.shape, dtype, operand)
 
 
