@@ -11,7 +11,8 @@ from typing import Any
 
 from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.checkpoint.megatron import is_megatron
-from llmconvert.converters.megatron.merge import open_model, plan_merge
+from llmconvert.converters.megatron.merge import plan_merge
+from llmconvert.converters.megatron.opening import open_model
 from llmconvert.converters.planning import plan_conversion
 from llmconvert.errors import LlmconvertError, ProofFailed, Refused
 from llmconvert.tensors.expressions import Expression

@@ -11,15 +11,14 @@ from pathlib import Path
 
 from llmconvert.checkpoint.directory import open_checkpoint
 from llmconvert.checkpoint.dtypes import TO_NAME
-from llmconvert.converters.planning import Conversion, elsewhere, plan_conversion
+from llmconvert.converters.planning import Conversion, check_data, elsewhere, plan_conversion
 from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import return_pairs
 from llmconvert.converters.running import Progress, Report, run
 from llmconvert.engine.publish import check_destination
-from llmconvert.errors import BadInput, Refused, Usage
+from llmconvert.errors import Usage
 from llmconvert.spec.language import Spec
 from llmconvert.spec.registry import Registry
-from llmconvert.verify.roundtrip import failing
 
 
 def _report(conversion: Conversion, destination: str) -> Report:
@@ -107,7 +106,8 @@ def convert(
         keep_fp8=keep_fp8,
         accept=accept,
     )
-    _check_data(conversion)
+    checks = conversion.lifted.model.checks, conversion.plan.checks
+    check_data(conversion.checkpoint, *checks, hint=elsewhere(conversion.checkpoint))
     report = _report(conversion, str(destination))
     if dry_run:
         return report
@@ -126,16 +126,3 @@ def convert(
         ),
         tokenizer=conversion.checkpoint.path,
     )  # fmt: skip
-
-
-def _check_data(conversion: Conversion) -> None:
-    """Test what the plan takes for granted: aliases that should be equal, biases that should be zero."""
-    own = conversion.lifted.model.checks
-    where = str(conversion.checkpoint.path)
-    faults = failing(own)
-    if faults:
-        raise BadInput("; ".join(faults), where=where)
-    faults = failing([check for check in conversion.plan.checks if check not in own])
-    if faults:
-        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more tensors" if len(faults) > 3 else "")
-        raise Refused(shown, where=where, hint=elsewhere(conversion.checkpoint))

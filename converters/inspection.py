@@ -25,7 +25,7 @@ from llmconvert.checkpoint.dtypes import FROM_NAME, TO_NAME
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid
-from llmconvert.converters.megatron.merge import Opened, open_model
+from llmconvert.converters.megatron.opening import Opened, open_model
 from llmconvert.converters.megatron.split import lower_to_megatron
 from llmconvert.converters.memory import Parallelism, Written, describe_memory
 from llmconvert.engine import manifest

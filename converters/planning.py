@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -29,9 +29,9 @@ from llmconvert.spec.expand import bind
 from llmconvert.spec.fused import unfused
 from llmconvert.spec.keys import carried
 from llmconvert.spec.language import Spec
-from llmconvert.spec.quantised import BLOCK, FP8, SCALE, Block, check_kept, quantisation, quantised, settings
+from llmconvert.spec.quantised import BLOCK, FP8, SCALE, check_kept, quantisation, quantised, settings
 from llmconvert.spec.registry import Registry, registry
-from llmconvert.tensors.expressions import Expression, Fill, cast, sources
+from llmconvert.tensors.expressions import Check, Expression, Fill, cast, sources
 from llmconvert.verify.ledger import Ledger, account
 from llmconvert.verify.roundtrip import failing
 
@@ -66,7 +66,27 @@ class Conversion:
     not_carried: dict[str, str]
 
 
-def target_for(known: Registry, name: str, checkpoint: Checkpoint) -> Spec:
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint was made from.
+
+    Attributes:
+        spec: its dialect's name.
+        config: its config.json.
+    """
+
+    spec: str
+    config: dict[str, Any]
+
+
+def recorded_origin(directory: Path) -> Origin | None:
+    """What a directory was made from, if llmconvert made it and says so."""
+    made = (manifest.read(directory) or {}).get("source") or {}
+    spec, config = made.get("spec"), made.get("config")
+    return Origin(spec, config) if isinstance(spec, str) and isinstance(config, dict) else None
+
+
+def target_for(known: Registry, name: str, origin: Origin | None) -> Spec:
     """The target called `name`: a spec, or a family, whose member is the one the checkpoint came from, else its default.
 
     Raises:
@@ -75,9 +95,8 @@ def target_for(known: Registry, name: str, checkpoint: Checkpoint) -> Spec:
     spec: Spec | None = known.specs.get(name)
     family = known.families.get(name, [])
     if family:
-        origin = ((manifest.read(checkpoint.path) or {}).get("source") or {}).get("spec")
         members = [s for s in family if s.target]
-        spec = next((s for s in members if s.name == origin), None) or next(
+        spec = next((s for s in members if origin and s.name == origin.spec), None) or next(
             (s for s in members if s.default_target), spec
         )
     spec = spec or known.get(name)
@@ -103,13 +122,31 @@ def _dominant(tensors: Mapping[str, Expression]) -> str:
     return weight.most_common(1)[0][0]
 
 
-def _input_dtype(model: CanonicalModel, dtype: str | None) -> CanonicalModel:
-    """Widen before the arithmetic of lowerings, so that it is rounded once, to the type asked for."""
+def _widened(model: CanonicalModel, dtype: str) -> CanonicalModel:
+    """Numbers no wider than those asked for, in float32: what rewrites compute is then rounded once, at the end."""
+    tensors = {
+        n: cast(e, "F32") if e.dtype in FLOATS and e.dtype != dtype and ITEMSIZE[e.dtype] <= ITEMSIZE[dtype] else e
+        for n, e in model.tensors.items()
+    }
+    return replace(model, tensors=tensors, dtype=dtype)
+
+
+Lowered = tuple[CanonicalModel, list[tuple[Step, CanonicalConfig]]]
+"""A model rewritten, and the rewrites, each with the config before it."""
+
+
+def lowered_in(dtype: str | None, model: CanonicalModel, rewrite: Callable[[CanonicalModel], Lowered]) -> Lowered:
+    """Rewrite a model, and round every number once, to the dtype asked for.
+
+    Args:
+        dtype: its code; None keeps each tensor's own.
+        model: as it is stored.
+        rewrite: the rewrites that lead to the target.
+    """
     if dtype is None:
-        return model
-    wider = {n for n, e in model.tensors.items() if e.dtype in FLOATS and ITEMSIZE[dtype] > ITEMSIZE[e.dtype]}
-    tensors = {n: cast(e, dtype) if n in wider else e for n, e in model.tensors.items()}
-    return CanonicalModel(model.config, tensors, model.checks)
+        return rewrite(model)
+    model, steps = rewrite(_widened(model, dtype))
+    return replace(model, tensors={name: cast(e, dtype) for name, e in model.tensors.items()}), steps
 
 
 def plan_conversion(
@@ -153,21 +190,27 @@ def plan_conversion(
     if keep_fp8 and block is None:
         raise Usage("`--keep-fp8`: the checkpoint is not FP8", hint="leave it out")
     accept(known, spec)
-    target = target_for(known, to, checkpoint)
+    origin = recorded_origin(checkpoint.path)
+    target = target_for(known, to, origin)
     config = read_config(spec, checkpoint.config, checkpoint.tensors)
     _refuse_early(config, target, known)
     lifted = lift(spec, checkpoint, config, dtype=code or "BF16", keep_fp8=keep_fp8)
-    model, steps = _lower(_input_dtype(lifted.model, code), target, known, checkpoint)
+    try:
+        model, steps = lowered_in(code, lifted.model, lambda lifted: lower_home(lifted, target, known, origin))
+    except Refused as error:
+        raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
     written_dtype = code or _dominant(model.tensors)
-    if code:
-        model = replace(model, tensors={name: cast(e, code) for name, e in model.tensors.items()})
-    elif keep_fp8:
+    if keep_fp8:
         check_kept(lifted.model.tensors, model.tensors)
     elif dtype == FP8_BLOCKS:
         block, model = BLOCK, replace(model, tensors=quantised(model.tensors, model.config))
     try:
         eight = block if keep_fp8 or dtype == FP8_BLOCKS else None
-        written, came_back, notes = _config(checkpoint, spec, target, model.config, written_dtype, eight)
+        kept = carried(checkpoint.config, keys_read(spec))
+        way_back = origin if spec.name != target.name else None
+        written, came_back, notes = config_for(target, model.config, written_dtype, kept, way_back, checkpoint.path)
+        if spec.name != target.name:
+            notes += tuple(note.text for note in target.notes if note.written and note.concerns(written))
     except Refused as error:
         raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
     tensors = emit(target, model, written)
@@ -178,8 +221,8 @@ def plan_conversion(
                 refuse_disagreements(target, model.config, model.tensors, written)
         except Refused as error:
             raise Refused(error.what, where=str(checkpoint.path), hint=error.hint) from None
-    texts = {"config.json": (json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()}
     outputs, files = lay_out(tensors, parse_size(max_shard_size))
+    texts = {"config.json": json_text(written | ({"quantization_config": settings(eight)} if eight else {}))}
     texts |= index_texts(outputs, files) | code_texts(target)
     extra, recorded = keep_tokenizer(companions(checkpoint).beside(texts), checkpoint.path, checkpoint.config, written)
     own_file = known.files[spec.name]
@@ -216,41 +259,59 @@ def elsewhere(checkpoint: Checkpoint) -> str:
     return f"`llmconvert inspect {checkpoint.path}` lists the targets that can hold it"
 
 
-def _lower(
-    model: CanonicalModel, target: Spec, known: Registry, checkpoint: Checkpoint
-) -> tuple[CanonicalModel, list[tuple[Step, CanonicalConfig]]]:
-    """Lower to the target; on the way back to where the checkpoint came from, without biases it did not have."""
-    added = _biases_added(target, checkpoint) & traits(model.config)
-    try:
-        if added:
-            lean, steps = lower(model, target.name, target.holds - added, target.always - added, (), known.holders)
-            if not failing(lean.checks):
-                return lean, steps
-        return lower(model, target.name, target.holds, target.always, target.coupled, known.holders)
-    except Refused as error:
-        raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
+def lower_home(model: CanonicalModel, target: Spec, known: Registry, origin: Origin | None) -> Lowered:
+    """Lower to a target; on the way back to where a checkpoint came from, without biases it did not have.
+
+    Raises:
+        Refused: the target cannot hold it.
+    """
+    original = _config_of(target, origin)
+    added = (frozenset({"qkv_bias", "o_bias", "mlp_bias"}) - traits(original) if original else frozenset()) & traits(
+        model.config
+    )
+    if added:
+        lean, steps = lower(model, target.name, target.holds - added, target.always - added, (), known.holders)
+        if not failing(lean.checks):
+            return lean, steps
+    return lower(model, target.name, target.holds, target.always, target.coupled, known.holders)
 
 
-def _origin(target: Spec, checkpoint: Checkpoint) -> CanonicalConfig | None:
-    """The config this checkpoint was converted from, if that was in the target's dialect."""
-    made = (manifest.read(checkpoint.path) or {}).get("source") or {}
-    original = made.get("config")
-    if made.get("spec") != target.name or not isinstance(original, dict):
+def _config_of(target: Spec, origin: Origin | None) -> CanonicalConfig | None:
+    """What a checkpoint was converted from, if that was in the target's dialect."""
+    if origin is None or origin.spec != target.name:
         return None
     try:
-        return read_config(target, original)
+        return read_config(target, origin.config)
     except (BadInput, Refused):
         return None
-
-
-def _biases_added(target: Spec, checkpoint: Checkpoint) -> frozenset[str]:
-    origin = _origin(target, checkpoint)
-    return frozenset({"qkv_bias", "o_bias", "mlp_bias"}) - traits(origin) if origin else frozenset()
 
 
 def _refuse_early(config: CanonicalConfig, target: Spec, known: Registry) -> None:
     """Refuse by the config's traits before the tensors are matched: a better message than a list of odd names."""
     check_representable(config, target.name, target.holds | target.always, known.holders)
+
+
+def check_data(checkpoint: Checkpoint, own: Sequence[Check], everything: Sequence[Check], *, hint: str) -> None:
+    """Test what a plan takes for granted: aliases that should be equal, biases that should be zero.
+
+    Args:
+        checkpoint: the source.
+        own: what it says of itself.
+        everything: that, and what the target asks for.
+        hint: what to do where it is not as the target asks.
+
+    Raises:
+        BadInput: the source contradicts itself.
+        Refused: the target cannot hold it.
+    """
+    where = str(checkpoint.path)
+    faults = failing(own)
+    if faults:
+        raise BadInput("; ".join(faults), where=where)
+    faults = failing([check for check in everything if check not in own])
+    if faults:
+        shown = "; ".join(faults[:3]) + (f"; and {len(faults) - 3} more tensors" if len(faults) > 3 else "")
+        raise Refused(shown, where=where, hint=hint)
 
 
 def checked_away(model: CanonicalModel) -> dict[str, str]:
@@ -271,41 +332,51 @@ def _identity(checkpoint: Checkpoint, files: Any, summary: Mapping[str, Any]) ->
     return json.dumps(value, sort_keys=True, default=str) + "\n"
 
 
-def _config(
-    checkpoint: Checkpoint, spec: Spec, target: Spec, config: CanonicalConfig, dtype: str, block: Block | None
+def config_for(
+    target: Spec, config: CanonicalConfig, dtype: str, kept: Mapping[str, Any], origin: Origin | None, home: Path | None
 ) -> tuple[dict[str, Any], bool, tuple[str, ...]]:
-    """config.json, as the checkpoint's origin had it where this is the way back, else anew; which it is; and remarks."""
-    source = checkpoint.config
-    written = write_config(target, config, carried(source, keys_read(spec)), dtype)
-    eight = {"quantization_config": settings(block)} if block else {}
-    notes: list[str] = []
-    same = False
-    origin = ((manifest.read(checkpoint.path) or {}).get("source")) or {}
-    original = origin.get("config")
-    if origin.get("spec") == target.name and isinstance(original, dict) and spec.name != target.name:
-        same = _describes(original, target, config)
-        if same:
-            written = {**original, **({k: TO_NAME[dtype] for k in ("torch_dtype", "dtype") if k in original})}
-            notes.append("config.json is the original one, as recorded when this checkpoint was converted")
-            code = sorted(
-                {str(v).split("--")[-1].split(".")[0] + ".py" for v in (original.get("auto_map") or {}).values()}
-            )
-            absent = [name for name in code if not (checkpoint.path / name).is_file()]
-            if absent:
-                notes.append(f"its `auto_map` needs {', '.join(absent)}: copy them from the original repository")
-    if spec.name != target.name:
-        notes += [note.text for note in target.notes if note.written and note.concerns(written)]
-    plain = {key: value for key, value in written.items() if key != "quantization_config"}
-    return plain | eight, same, tuple(notes)
+    """config.json: the original one where it still describes the model, else a new one; which it is; and remarks.
+
+    Args:
+        target: the dialect written.
+        config: the model.
+        dtype: the weights' dtype code.
+        kept: keys of the source's config.json that come along into a new one.
+        origin: what the checkpoint was made from.
+        home: the directory whose files come along.
+    """
+    written = write_config(target, config, kept, dtype)
+    if origin is None or origin.spec != target.name or not _describes(origin.config, target, config, written):
+        return written, False, ()
+    notes = ["config.json is the original one, which still describes the model"]
+    code = sorted(
+        {str(v).split("--")[-1].split(".")[0] + ".py" for v in (origin.config.get("auto_map") or {}).values()}
+    )
+    absent = [name for name in code if home is None or not (home / name).is_file()]
+    if absent:
+        notes.append(f"its `auto_map` needs {', '.join(absent)}: copy them from the original repository")
+    named: dict[str, Any] = {key: TO_NAME[dtype] for key in ("torch_dtype", "dtype") if key in origin.config}
+    plain = {key: value for key, value in origin.config.items() if key != "quantization_config"}
+    return {**plain, **named}, True, tuple(notes)
 
 
-def _describes(original: Mapping[str, Any], target: Spec, config: CanonicalConfig) -> bool:
-    """Whether an original config.json describes a model that is to be written, its tensors seen."""
+def _describes(
+    original: Mapping[str, Any], target: Spec, config: CanonicalConfig, written: Mapping[str, Any]
+) -> bool:
+    """Whether an original config.json describes a model that is to be written, its tensors seen, as a new one would."""
     try:
-        names = [binding.stored for binding in bind(target, config, original)]
-        return replace(read_config(target, original, names), dtype=None) == replace(config, dtype=None)
+        before, after = (
+            replace(read_config(target, said, [binding.stored for binding in bind(target, config, said)]), dtype=None)
+            for said in (original, written)
+        )
     except (BadInput, Refused):
         return False
+    return before in (after, replace(config, dtype=None))
+
+
+def json_text(value: Mapping[str, Any]) -> bytes:
+    """A JSON file as transformers writes it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _dtype_notes(checkpoint: Checkpoint, tensors: Mapping[str, Expression], dtype: str | None) -> tuple[str, ...]:

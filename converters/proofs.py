@@ -15,11 +15,13 @@ from llmconvert.engine.plan import Plan
 from llmconvert.engine.tree import Tree
 from llmconvert.errors import LlmconvertError, ProofFailed, Refused, Usage
 from llmconvert.tensors.expressions import (
+    WIDENS,
     BlockScales,
     Cast,
     Dequantize,
     Expression,
     Fill,
+    Mean,
     NormalizeRows,
     Quantize,
     Scale,
@@ -27,7 +29,6 @@ from llmconvert.tensors.expressions import (
 )
 
 NONE, WEIGHTS, LOGITS = "none", "weights", "logits"
-_WIDENS = {("BF16", "F32"), ("BF16", "F64"), ("F16", "F32"), ("F16", "F64"), ("F32", "F64")}
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,11 @@ def _rounding(expression: Expression) -> str | None:
             return None  # part of the tensor it scales; and how the source is read, too
         case Dequantize():
             return "bfloat16"  # of which the source, as it is read, has less
-        case Scale() | Shift() | NormalizeRows():
+        case Scale() | Shift() | NormalizeRows() | Mean():
             return TO_NAME[expression.dtype]
         case Fill(value=value, dtype=dtype) if value != 0.0:
             return TO_NAME[dtype]
-        case Cast(operand=operand, dtype=dtype) if operand.dtype != dtype and (operand.dtype, dtype) not in _WIDENS:
+        case Cast(operand=operand, dtype=dtype) if operand.dtype != dtype and (operand.dtype, dtype) not in WIDENS:
             return "bfloat16" if isinstance(operand, Dequantize) else TO_NAME[dtype]
     inner = [_rounding(operand) for operand in expression.operands]
     return TO_NAME[expression.dtype] if any(inner) and expression.dtype in TO_NAME else next(filter(None, inner), None)

@@ -63,6 +63,16 @@ def _known(model: CanonicalModel, lossy: tuple[str, ...]) -> dict[str, Expressio
     return {name: e for name, e in model.tensors.items() if name.rpartition(".")[0] not in lossy}
 
 
+def rounding_floors(lowered: CanonicalModel) -> dict[str, float]:
+    """Canonical tensors that rewrites rounded, each with the least magnitude that rounding is measured against."""
+    floors: dict[str, float] = {}
+    for name, expression in lowered.tensors.items():
+        for node in walk(expression):
+            if isinstance(node, Scale | Shift):
+                floors[name] = max(floors.get(name, 0.0), abs(node.offset) if isinstance(node, Shift) else 0.0)
+    return floors
+
+
 def canonical_pairs(
     spec: Spec, checkpoint: Checkpoint, lifted: CanonicalModel, lowered: CanonicalModel, back: CanonicalModel,
     lossy: set[str],
@@ -77,12 +87,7 @@ def canonical_pairs(
         back: what came back.
         lossy: canonical names that cannot come back.
     """
-    floors: dict[str, float] = {}
-    for name, expression in lowered.tensors.items():
-        for node in walk(expression):
-            if isinstance(node, Scale | Shift):
-                floors[name] = max(floors.get(name, 0.0), abs(node.offset) if isinstance(node, Shift) else 0.0)
-    pairs = []
+    floors, pairs = rounding_floors(lowered), []
     block = quantisation(checkpoint)
     for binding in bind(spec, lifted.config, checkpoint.config):
         if set(binding.parts) & lossy:

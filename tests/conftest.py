@@ -9,11 +9,24 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["NO_COLOR"] = "1"
 os.environ.pop("FORCE_COLOR", None)
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def megatron_args_are_taken(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test is about, the options a split wrote for Megatron-LM are options its parser takes."""
+    folder = request.getfixturevalue("tmp_path") if "tmp_path" in request.fixturenames else None
+    yield
+    scripts = sorted(folder.rglob("megatron-args.sh")) if folder else []
+    if scripts:
+        import megatron_options
+
+        megatron_options.check(*scripts)
 
 
 @pytest.fixture(scope="session")

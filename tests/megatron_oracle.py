@@ -80,6 +80,7 @@ class Model:
     moe_router_group_topk: int | None = None
     moe_shared_expert_intermediate_size: int | None = None
     moe_shared_expert_gate: bool = False
+    moe_grouped_gemm: bool = False
     moe_layer_freq: int | tuple[int, ...] = 1
     mtp_num_layers: int | None = None
     multi_latent_attention: bool = False
@@ -144,6 +145,7 @@ class Load:
         directory: holds latest_checkpointed_iteration.txt and the folder it names.
         fmt: `torch` or `torch_dist`.
         input_ids: int64 [batch, tokens].
+        engine: build the layers Megatron-LM builds by default, those of Transformer Engine, over `engine_standin`.
     """
 
     model: Model
@@ -151,6 +153,7 @@ class Load:
     directory: Path
     fmt: str
     input_ids: np.ndarray
+    engine: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -161,10 +164,13 @@ class Save(Load):
         seed: of the weights: N(0, 0.2), norm weights around one, the routers' expert biases too. Rows that pad the
             vocabulary are random too.
         metadata: options of the `torch_dist` layout, such as {"non_homogeneous_layers": True}.
+        optimizer: save a distributed optimizer's state beside the model, in `torch_dist`: how it is shared out, as
+            Megatron-LM's `distrib_optim_sharding_type` says it (`dp_reshardable`, `fully_reshardable`); None for none.
     """
 
     seed: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
+    optimizer: str | None = None
 
 
 class Failed(Exception):
@@ -175,7 +181,7 @@ def run(jobs: Sequence[Load], timeout: float = 600) -> list[np.ndarray | Failed]
     """Do all jobs in one launch.
 
     Args:
-        jobs: done in order, so that a `Load` may read what a `Save` before it wrote.
+        jobs: done in order, so that a `Load` may read what a `Save` before it wrote; all with `engine`, or none.
         timeout: seconds for all of them together.
 
     Returns:
@@ -184,14 +190,15 @@ def run(jobs: Sequence[Load], timeout: float = 600) -> list[np.ndarray | Failed]
     Raises:
         RuntimeError: the processes died or took too long.
     """
-    world = max(job.grid.size for job in jobs)
+    world, engine = max(job.grid.size for job in jobs), jobs[0].engine
+    assert all(job.engine == engine for job in jobs), "a process has one Transformer Engine"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "jobs.pickle").write_bytes(pickle.dumps(list(jobs)))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
         # A file for each rank's output: a full pipe would block it.
         outputs = [(folder / f"output_{rank}").open("w+") for rank in range(world)]
-        command = [sys.executable, str(Path(__file__).resolve()), name]
+        command = [sys.executable, str(Path(__file__).resolve()), name, "engine" if engine else "local"]
         workers = [
             subprocess.Popen(
                 [*command, str(rank)], env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -265,7 +272,7 @@ def arguments(model: Model, grid: Grid, fmt: str) -> Namespace:
         use_rope_scaling=model.rope_scaling_factor is not None, rope_scaling_factor=model.rope_scaling_factor or 8.0,
         swiglu=True, squared_relu=False, normalization="RMSNorm", apply_layernorm_1p=False,
         apply_query_key_layer_scaling=False, attention_dropout=0.0, hidden_dropout=0.0,
-        moe_grouped_gemm=False, moe_token_dispatcher_type="allgather", untie_embeddings_and_output_weights=not model.tied, ckpt_format=fmt,
+        moe_token_dispatcher_type="allgather", untie_embeddings_and_output_weights=not model.tied, ckpt_format=fmt,
         tokenizer_type="NullTokenizer", tensor_model_parallel_size=grid.tp, pipeline_model_parallel_size=grid.pp,
         virtual_pipeline_model_parallel_size=grid.vpp, decoder_first_pipeline_num_layers=grid.first,
         decoder_last_pipeline_num_layers=grid.last, pipeline_model_parallel_layout=grid.layout,
@@ -283,8 +290,8 @@ def _layer_freq(model: Model) -> int | list[int]:
 # What follows runs in the workers only.
 
 
-def gpt_model(model: Model, grid: Grid, vp_stage: int | None = None) -> Any:
-    """megatron.core's GPTModel, local spec, for this rank's chunk; the parallel state must be initialised."""
+def gpt_model(model: Model, grid: Grid, vp_stage: int | None = None, engine: bool = False) -> Any:
+    """megatron.core's GPTModel for this rank's chunk; the parallel state must be initialised."""
     import torch
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -349,14 +356,14 @@ def gpt_model(model: Model, grid: Grid, vp_stage: int | None = None) -> Any:
         mtp_num_layers=model.mtp_num_layers,
         **more,
     )
-    spec = get_gpt_decoder_block_spec(config, False, normalization="RMSNorm", vp_stage=vp_stage)
-    every = get_gpt_decoder_layer_specs(config, False, normalization="RMSNorm")
-    if model.multi_latent_attention:
+    spec = get_gpt_decoder_block_spec(config, engine, normalization="RMSNorm", vp_stage=vp_stage)
+    every = get_gpt_decoder_layer_specs(config, engine, normalization="RMSNorm")
+    if model.multi_latent_attention and not engine:
         for layer in (*spec.layer_specs, *every):
             layer.submodules.self_attention.submodules.core_attention = _latent_attention()
     further = None
     if model.mtp_num_layers:
-        further = get_gpt_mtp_block_spec(config, every[-1], False, vp_stage=vp_stage)
+        further = get_gpt_mtp_block_spec(config, every[-1], engine, vp_stage=vp_stage)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     built = GPTModel(
         config=config,
@@ -482,10 +489,16 @@ def _randomise(chunk: Any, seed: int) -> None:
             local = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
             words[place] = str(int(words[place]) + local * parallel_state.get_expert_model_parallel_rank())
             rank = parallel_state.get_expert_tensor_parallel_rank()
-        part = rank if getattr(parameter, "tensor_model_parallel", False) else 0
+        grouped = "experts" in words and words[-1].startswith("weight") and words[-1] != "weight"
+        if grouped:
+            local = chunk.config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+            first = local * parallel_state.get_expert_model_parallel_rank()
+            words[-1] = f"weight{int(words[-1].removeprefix('weight')) + first}"
+            rank = parallel_state.get_expert_tensor_parallel_rank()
+        part = rank if getattr(parameter, "tensor_model_parallel", False) or grouped else 0
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {'.'.join(words)} {part}".encode()))
         parameter.normal_(0.0, 0.2, generator=generator)
-        if parameter.ndim == 1 and name.endswith("norm.weight"):
+        if parameter.ndim == 1 and name.endswith(("norm.weight", "layer_norm_weight")):
             parameter.add_(1.0)
 
 
@@ -548,19 +561,76 @@ def _save(job: Save, chunks: list[Any]) -> None:
         torch.save(state, path)
     else:
         metadata = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True, **job.metadata}
+        if job.optimizer:
+            metadata["distrib_optim_sharding_type"] = job.optimizer
         state |= _sharded(chunks, metadata)
+        if job.optimizer:
+            state["optimizer"] = _optimizer_state(chunks, state, metadata)
         dist_checkpointing.save(state, str(folder), content_metadata=metadata)
     torch.distributed.barrier()
 
 
-def _work(folder: Path, rank: int) -> None:
+def _optimizer_state(chunks: list[Any], state: dict[str, Any], metadata: dict[str, Any]) -> Any:
+    """The sharded state of megatron-core's distributed optimizer; experts have one of their own, chained to the other."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    with _cuda_is_cpu(), torch.enable_grad():
+        shared = DistributedDataParallelConfig(use_distributed_optimizer=True)
+        wrapped = [DistributedDataParallel(chunk.config, shared, chunk) for chunk in chunks]
+        optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-4, use_distributed_optimizer=True), wrapped)
+        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+            for group in each.optimizer.param_groups:
+                for parameter in group["params"]:
+                    moments = {key: torch.full_like(parameter, 0.25) for key in ("exp_avg", "exp_avg_sq")}
+                    each.optimizer.state[parameter] = {**moments, "step": torch.tensor(1.0)}
+        return optimizer.sharded_state_dict(state, metadata=dict(metadata))
+
+
+@contextlib.contextmanager
+def _cuda_is_cpu() -> Iterator[None]:
+    """The optimizers make tensors on the device `cuda`, and look for its name in tensors' types."""
+    import torch
+
+    factories = {name: getattr(torch, name) for name in ("tensor", "zeros", "empty", "full", "empty_like")}
+    kind = torch.Tensor.type
+
+    def on_cpu(make: Any) -> Any:
+        def made(*given: Any, **options: Any) -> Any:
+            if str(options.get("device")).startswith("cuda"):
+                options["device"] = "cpu"
+            return make(*given, **options)
+
+        return made
+
+    def named(tensor: Any, *given: Any, **options: Any) -> Any:
+        found = kind(tensor, *given, **options)
+        return found.replace("torch.", "torch.cuda.") if isinstance(found, str) else found
+
+    try:
+        for name, make in factories.items():
+            setattr(torch, name, on_cpu(make))
+        torch.Tensor.type = named  # type: ignore[assignment, method-assign]
+        yield
+    finally:
+        torch.Tensor.type = kind  # type: ignore[method-assign]
+        for name, make in factories.items():
+            setattr(torch, name, make)
+
+
+def _work(folder: Path, rank: int, *, engine: bool) -> None:
     """A worker: its part in every job."""
+    if engine:
+        import engine_standin
+
+        engine_standin.install()
     import torch
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
     # Without Transformer Engine these modules find names of it that are None and take them for the real ones.
-    multi_latent_attention.HAVE_TE = False
+    multi_latent_attention.HAVE_TE = engine
     moe_utils.te_general_gemm = None
     # On a machine without CUDA megatron-core asks for three things only CUDA has.
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
@@ -576,7 +646,7 @@ def _work(folder: Path, rank: int) -> None:
                 chunks, problems = [], [None] * job.grid.size
                 try:
                     stages = [None] if job.grid.vpp is None else range(job.grid.vpp)
-                    chunks = [gpt_model(job.model, job.grid, stage) for stage in stages]
+                    chunks = [gpt_model(job.model, job.grid, stage, job.engine) for stage in stages]
                     (_save if isinstance(job, Save) else _load)(job, chunks)
                     problem = None
                 except BaseException:  # its CheckpointException is no Exception
@@ -596,4 +666,4 @@ if __name__ == "__main__":
     # The jobs were pickled under the module's name, and megatron-core spawns processes that import this file again.
     import megatron_oracle
 
-    megatron_oracle._work(Path(sys.argv[1]), int(sys.argv[2]))
+    megatron_oracle._work(Path(sys.argv[1]), int(sys.argv[3]), engine=sys.argv[2] == "engine")

@@ -76,6 +76,7 @@ CASES = {
     "qk_norm": Case("qwen3", Grid(tp=2, pp=2), _HALVES),
     "qk_norm_tp4": Case("qwen3", Grid(tp=4)),
     "biases": Case("llama_bias", Grid(tp=2)),
+    "biases_of_attention": Case("llama", Grid(tp=2, pp=2), _HALVES, {"attention_bias": True}),
     "rope_scaling": Case("llama_llama3", Grid(tp=2), overrides=_LLAMA3),
     "rotary_interleaved_half": Case("glm", Grid(tp=2)),
 }
@@ -181,6 +182,9 @@ def tensors(case: Case) -> dict[str, Tensor]:
     """
     model = build(case)
     state = dict(model.state_dict())
+    if "model.layers.0.self_attn.o_proj.bias" in state:  # Megatron has biases on all linear layers then
+        for name in [name for name in state if name.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight"))]:
+            state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
     if case.mtp:
         for name, tensor in further(case, model).layers.state_dict().items():
             index, _, rest = name.partition(".")
@@ -230,7 +234,7 @@ def model_of(case: Case) -> Model:
         rotary_interleaved=case.arch == "glm",
         rope_scaling_factor=rope["factor"] if rope["rope_type"] == "llama3" else None,
         add_qkv_bias="model.layers.0.self_attn.q_proj.bias" in names,
-        add_bias_linear="model.layers.0.mlp.down_proj.bias" in names,
+        add_bias_linear="model.layers.0.self_attn.o_proj.bias" in names,
         qk_layernorm=latent or "model.layers.0.self_attn.q_norm.weight" in names,
         tied=config.tie_word_embeddings,
         mtp_num_layers=case.mtp or None,

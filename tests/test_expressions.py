@@ -40,7 +40,7 @@ def _evaluate(expression: ex.Expression) -> torch.Tensor:
 def programs(draw: st.DrawFn) -> list[tuple]:
     """A list of operations, as data: applied alike to expressions and to eager tensors."""
     count = draw(st.integers(0, 5))
-    kinds = ("rows", "gather", "columns", "scale", "shift", "normalize", "cast", "concat", "interleave")
+    kinds = ("rows", "gather", "columns", "scale", "shift", "normalize", "cast", "concat", "interleave", "mean")
     return [(draw(st.sampled_from(kinds)), draw(st.integers(0, 2**30))) for _ in range(count)]
 
 
@@ -74,6 +74,10 @@ def _apply(program: list[tuple], expression: ex.Expression, tensor: torch.Tensor
             expression, tensor = ex.cast(expression, dtype), tensor.to(DTYPES[dtype])
         elif kind == "concat":
             expression, tensor = ex.concat([expression, expression]), torch.cat((tensor, tensor))
+        elif kind == "mean":
+            halved = ex.cast(ex.scale(expression, 0.5), expression.dtype)
+            both = torch.stack((tensor.double(), (tensor.float() * 0.5).to(tensor.dtype).double()))
+            expression, tensor = ex.mean([expression, halved]), both.mean(0).to(tensor.dtype)
         elif kind == "interleave":
             chunk = int(random.choice([p for p in range(1, n + 1) if n % p == 0]))
             expression = ex.interleave([expression, expression], (chunk, chunk))
@@ -129,6 +133,18 @@ def test_rotary_layouts_are_the_same_rotation(half: int, data: st.DataObject) ->
     assert torch.allclose(rotate_halves(x[..., spread], frequencies), original[..., spread], atol=1e-12)
     theta = 1e4 ** (head_dim / rotary_dim)
     assert torch.allclose(angles(places, head_dim, theta)[..., : rotary_dim // 2], angle)
+
+
+@pytest.mark.parametrize("wide", ["F32", "F64"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_a_cast_that_only_widens_leaves_no_trace(dtype: str, wide: str, tmp_path: Path) -> None:
+    save_file({"t": torch.randn(3, 4).to(DTYPES[dtype])}, tmp_path / "t.safetensors")
+    tensor = ex.stored(read_header(tmp_path / "t.safetensors")["t"])
+    assert ex.cast(ex.cast(tensor, wide), dtype) is tensor
+    other = "F16" if dtype == "BF16" else "BF16"
+    assert ex.cast(ex.cast(tensor, wide), other) == ex.cast(tensor, other)
+    narrowed = ex.cast(ex.cast(tensor, other), "F32")
+    assert narrowed != ex.cast(tensor, "F32")
 
 
 @st.composite

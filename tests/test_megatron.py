@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import checkpoints
 import megatron_oracle as oracle
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from test_megatron_oracle import LATENT
 
+from llmconvert.checkpoint.torch_dist import open_torch_dist
 from llmconvert.converters.equality import EQUAL, compare_weights
 from llmconvert.converters.megatron import grid as grids
 from llmconvert.converters.megatron.merge import merge_checkpoint
@@ -239,6 +241,35 @@ def test_what_megatron_core_saves_of_large_models_merges(model: oracle.Model, to
             )
 
 
+@needs_megatron
+def test_what_megatron_core_saves_with_a_distributed_optimizer_merges(tmp_path: Path) -> None:
+    """With experts the optimizers are chained, and the names of their state say so."""
+    ids, grid = ranks.input_ids(), oracle.Grid(ep=2)
+    dense = oracle.Model(num_layers=2)
+    jobs = {
+        "plain": oracle.Save(_MIXTURE, grid, tmp_path / "plain", "torch_dist", ids, seed=1),
+        **{kind: oracle.Save(_MIXTURE, grid, tmp_path / kind, "torch_dist", ids, seed=1, optimizer=kind)
+           for kind in ("dp_reshardable", "fully_reshardable")},
+        "dense": oracle.Save(dense, oracle.Grid(tp=2), tmp_path / "dense", "torch_dist", ids, seed=1,
+                             optimizer="dp_reshardable"),
+    }  # fmt: skip
+    for name, found in zip(jobs, oracle.run(list(jobs.values())), strict=True):
+        assert not isinstance(found, oracle.Failed), (name, found)
+    names = {name: set(open_torch_dist(tmp_path / name / "iter_0000001").tensors) for name in jobs}
+    assert any(each.startswith("chained_1.optimizer.distributed.") for each in names["dp_reshardable"])
+    assert any(each.startswith("optimizer.state.exp_avg.decoder.") for each in names["fully_reshardable"])
+    assert any(each.startswith("optimizer.distributed.") for each in names["dense"])
+    found = {}
+    for name in jobs:
+        to = "llama" if name == "dense" else "qwen2_moe"
+        report = merge_checkpoint(tmp_path / name, tmp_path / f"{name}-hf", to=to, vocab_size=131, verify="weights")
+        assert name == "plain" or any("GB of optimizer" in note for note in report.notes)
+        found[name] = checkpoints.tensors(tmp_path / f"{name}-hf")
+    for name in ("dp_reshardable", "fully_reshardable"):
+        assert found[name].keys() == found["plain"].keys()
+        assert all(torch.equal(tensor, found[name][key]) for key, tensor in found["plain"].items())
+
+
 LARGE = [
     "mixtral",
     "qwen2_moe",
@@ -250,6 +281,16 @@ LARGE = [
     "moonlight",
     "glm4_moe",
 ]
+
+
+# Groups of experts that both score by their best two, and YaRN's settings that Megatron-LM has.
+ALIKE: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "num_experts_per_tok": 2, "max_position_embeddings": 16384, "rope_scaling": {
+            "rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
+            "original_max_position_embeddings": 4096}},
+    "glm4_moe": {"num_experts_per_tok": 2, "head_dim": 16},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("arch", LARGE)
@@ -287,9 +328,9 @@ def test_known_differences_are_told(tmp_path: Path) -> None:
     assert any("eps of 1e-06, in megatron-core that of the others, 1e-05" in note for note in report.notes)
     report = merge_checkpoint(tmp_path / "ranks", tmp_path / "merged", verify="weights")
     assert any("scored by its best 2" in note for note in report.notes)
-    same = checkpoints.make("deepseek_v3", tmp_path / "same", num_experts_per_tok=2)
+    same = checkpoints.make("deepseek_v3", tmp_path / "same", **ALIKE["deepseek_v3"])
     notes = split_checkpoint(same, tmp_path / "ranks2", grids.Grid(), verify="weights").notes
-    assert not any("megatron-core" in note for note in notes)
+    assert not any("megatron-core" in note or "Megatron-LM" in note for note in notes)
 
 
 @pytest.mark.parametrize(("fmt", "to"), [("torch", "torch_dist"), ("torch_dist", "torch"), ("torch", "torch")])
@@ -307,8 +348,7 @@ def test_reshard_from_either_format_to_either(fmt: str, to: str, tmp_path: Path)
 
 @pytest.mark.parametrize("arch", LARGE)
 def test_large_models_are_proved_by_logits_and_by_router_decisions(arch: str, tmp_path: Path) -> None:
-    own_groups = {"deepseek_v3": {"num_experts_per_tok": 2}, "glm4_moe": {"num_experts_per_tok": 2, "head_dim": 16}}
-    source = checkpoints.make(arch, tmp_path / "source", **own_groups.get(arch, {}))
+    source = checkpoints.make(arch, tmp_path / "source", **ALIKE.get(arch, {}))
     grid = grids.Grid(tp=2, ep=2, pp=2, first=1)
     if arch == "deepseek_v2":
         with pytest.raises(Refused, match="scored by its best 1, in megatron-core by its best 3"):

@@ -183,6 +183,7 @@ def test_optimizer_state_is_left_out_and_counted(made: tuple[Path, Path, Path], 
 def test_args_that_lack_a_size_take_it_from_a_config(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     source, ranks = made[0], Path(shutil.copytree(made[1], tmp_path / "ranks"))
     (ranks / "llmconvert.json").unlink()
+    shutil.rmtree(ranks / "hf")
 
     def forget(value: dict) -> None:
         args = vars(value["args"])
@@ -263,3 +264,10 @@ def test_every_grid_that_is_taken_deals_every_layer_once(
 def test_the_padded_vocabulary_is_the_least_that_ranks_share(size: int, tp: int, divisible: int) -> None:
     padded = padded_vocabulary(size, tp, divisible)
     assert padded >= size and padded % (tp * divisible) == 0 and padded - size < tp * divisible
+
+
+def test_a_layout_names_the_layers_that_predict_further_tokens() -> None:
+    assert [chunk.layers for chunk in chunks(3, Grid(pp=2, layout="Et|ttmL"), 1)] == [(0,), (1, 2)]
+    for layout, further in (("Et|ttL", 1), ("Et|ttmL", 0), ("Et|ttmL", 2), ("Et|tt", 0)):
+        with pytest.raises(Usage, match="is not a layout"):
+            chunks(3, Grid(pp=2, layout=layout), further)

@@ -47,6 +47,19 @@ def test_hand_written_ranks_give_the_logits_of_transformers(
     assert {name: error for name, error in errors.items() if name in controls and error < 1e-2} == {}
 
 
+def test_yarn_without_what_no_option_says_is_another_model(tmp_path: Path) -> None:
+    """Kimi-K2's beta_fast is 1: with the 32 that Megatron-LM's command line leaves it at the same weights differ."""
+    case = ranks.LARGE_CASES["deepseek_v2_tp1"]
+    rope = {**case.overrides["rope_scaling"], "beta_fast": 1}
+    case = replace(case, overrides={**case.overrides, "rope_scaling": rope})
+    model, directory = ranks.model_of(case), ranks.write(case, tmp_path)
+    models = [model, replace(model, beta_fast=32.0), replace(model, original_max_position_embeddings=4096)]
+    assert (model.beta_fast, model.original_max_position_embeddings) == (1, 64)
+    found = oracle.run([Load(each, case.grid, directory, "torch", ranks.input_ids()) for each in models])
+    same, *others = (relative(each, ranks.expected(case)) for each in found)
+    assert same <= TOLERANCE and min(others) > 1e-2
+
+
 def test_what_it_saves_it_loads_on_any_grid_and_strictly(tmp_path: Path) -> None:
     ids, model = ranks.input_ids(), Model(add_qkv_bias=True, qk_layernorm=True)
     tied, grid, files = Model(tied=True), Grid(tp=2, pp=2, vpp=2), tmp_path / "torch"

@@ -1,4 +1,4 @@
-"""A model's config as Megatron-LM's arguments, and back.
+"""A model's config as Megatron-LM's arguments: what it holds, what they say, and how they are typed.
 
 Names are Megatron-LM's (`megatron/training/arguments.py`). What a checkpoint's `args` carry is read by its
 `--use-checkpoint-args`; what they do not carry has to be given on the training command line: `flags`.
@@ -6,38 +6,57 @@ Names are Megatron-LM's (`megatron/training/arguments.py`). What a checkpoint's 
 
 from __future__ import annotations
 
-import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from llmconvert.canonical.model import LATENT_NORM_EPS, CanonicalConfig, traits
 from llmconvert.converters.megatron.grid import Grid
-from llmconvert.errors import BadInput, Refused
+from llmconvert.errors import Refused
 
-HOLDS = frozenset(
+_HOLDS = frozenset(
     {"qkv_bias", "o_bias", "mlp_bias", "tied_embeddings", "interleaved_rotary", "partial_rotary", "grouped_query",
      "explicit_head_dim", "rope_scaling", "qk_norm", "moe", "dense_layers", "shared_experts", "shared_expert_gate",
      "sigmoid_router", "router_bias", "router_groups", "routed_scaling", "mla", "mtp"}
 )  # fmt: skip
 """Traits megatron-core's GPT model can have."""
 
-_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What megatron-core fixes of Llama 3's rotary scaling."""
 
-_YARN = {
+YARN = {
     "factor": "rotary_scaling_factor", "original_max_position_embeddings": "original_max_position_embeddings",
     "beta_fast": "beta_fast", "beta_slow": "beta_slow", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim",
 }  # fmt: skip
 """YaRN's settings and what megatron-core calls them; it knows them with latent attention."""
-_YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.0}
+YARN_FIXED = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
+"""What Megatron-LM trains latent attention with: fields of MLATransformerConfig that no option sets.
+
+So it is in core 0.14 to 0.19, whose `--yarn-…` are for attention without latents (`argument_utils.
+_apply_yarn_config_from_args`); `--use-checkpoint-args` does not take them either.
+"""
 
 NOT_CARRIED = (
     "norm-epsilon", "qk-layernorm", "use-rope-scaling", "rope-scaling-factor", "multi-latent-attention", "q-lora-rank",
-    "kv-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim", "rotary-scaling-factor", "mscale",
-    "mscale-all-dim", "moe-router-num-groups", "moe-router-group-topk", "mtp-num-layers", "moe-shared-expert-gate",
+    "kv-lora-rank", "qk-head-dim", "qk-pos-emb-head-dim", "v-head-dim", "rope-type", "rotary-scaling-factor", "mscale",
+    "mscale-all-dim", "moe-router-num-groups", "moe-router-group-topk", "moe-router-dtype", "mtp-num-layers",
+    "moe-shared-expert-gate", "transformer-impl",
 )  # fmt: skip
-"""Options `--use-checkpoint-args` does not take from a checkpoint."""
+"""Options of a model that `--use-checkpoint-args` does not take from a checkpoint (`load_args_from_checkpoint`)."""
+
+
+BIASES = "megatron-core has biases on q, k and v, or on all linear layers; with experts not on all, with latents on none of q, k and v"
+
+
+def holds(config: CanonicalConfig) -> frozenset[str]:
+    """Traits megatron-core's GPT model can have, given the others a model has.
+
+    `add_bias_linear` would give the router and each expert biases, and shared experts refuse it (`moe/router.py`,
+    `moe/shared_experts.py`); the projections of latent attention never have any (`multi_latent_attention.py`).
+    """
+    lacking = {"o_bias", "mlp_bias"} if config.num_experts else set()
+    return _HOLDS - lacking - ({"qkv_bias"} if config.kv_lora_rank is not None else set())
 
 
 def coupled(config: CanonicalConfig) -> tuple[tuple[str, ...], ...]:
@@ -59,29 +78,37 @@ def check_holds(config: CanonicalConfig) -> None:
         )
     if c.kv_lora_rank is not None and (c.qkv_bias or c.o_bias):
         raise Refused("megatron-core has no biases in latent attention (`attention_bias`)")
+    if c.num_experts and c.scoring_func == "softmax" and c.norm_topk_prob and c.num_experts_per_tok == 1:
+        raise Refused("a token's one expert weighs 1 whatever the router says, and megatron-core trains no such router")
     if scaling is None:
         return
     kind = scaling.get("rope_type", scaling.get("type"))
     if c.kv_lora_rank is not None and kind == "yarn":
-        odd = {key: scaling[key] for key in scaling if key not in {*_YARN, "rope_type", "type"}}
-        settings = _yarn(scaling)
+        odd = {key: scaling[key] for key in scaling if key not in {*YARN, "rope_type", "type"}}
+        settings = _yarn(config)
         if odd or (not settings["mscale_all_dim"] and settings["mscale"] != 1.0):
             raise Refused(f"megatron-core computes YaRN otherwise with {odd or dict(scaling)}")
         return
-    fixed = {key: scaling.get(key) for key in _LLAMA3}
-    if kind != "llama3" or fixed != _LLAMA3:
+    fixed = {key: scaling.get(key) for key in LLAMA3}
+    if kind != "llama3" or fixed != LLAMA3:
         raise Refused(
-            f"megatron-core does not compute rotary scaling {dict(scaling)}: it knows Llama 3's, with {_LLAMA3}",
+            f"megatron-core does not compute rotary scaling {dict(scaling)}: it knows Llama 3's, with {LLAMA3}",
             hint="to train at lengths below the original one, remove `rope_scaling` in a copy of config.json",
         )
 
 
-def _yarn(scaling: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: scaling[key] if scaling.get(key) is not None else _YARN_DEFAULTS.get(key) for key in _YARN}
+def _yarn(config: CanonicalConfig) -> dict[str, Any]:
+    """YaRN's settings in full; transformers takes the context for the original one where a config names none."""
+    assert config.rope_scaling is not None
+    defaults = {**YARN_DEFAULTS, "original_max_position_embeddings": config.max_position_embeddings}
+    return {
+        **defaults,
+        **{key: value for key, value in config.rope_scaling.items() if key in YARN and value is not None},
+    }
 
 
 def departures(config: CanonicalConfig) -> tuple[str, ...]:
-    """Where megatron-core is known to compute something else, in words: weights are the same, logits differ."""
+    """Where Megatron-LM is known to compute something else, in words: weights are the same, logits differ."""
     c, found = config, []
     if c.num_experts and c.n_group > 1 and c.topk_method != "greedy":
         best, here = 2 if c.topk_method == "noaux_tc" else 1, c.num_experts_per_tok // c.topk_group
@@ -95,7 +122,24 @@ def departures(config: CanonicalConfig) -> tuple[str, ...]:
             f"the norms inside latent attention have an eps of {LATENT_NORM_EPS:g}, in megatron-core that of the others, "
             f"{c.rms_norm_eps:g}"
         )
+    if c.kv_lora_rank is not None and c.rope_scaling is not None:
+        settings = _yarn(c)
+        odd = [
+            f"{key} {settings[key]:g}, there {fixed:g}" for key, fixed in YARN_FIXED.items() if settings[key] != fixed
+        ]
+        if odd:
+            found.append(
+                f"YaRN has {', '.join(odd)}: Megatron-LM trains another model, unless its code sets these fields of "
+                "MLATransformerConfig, which no option does"
+            )
     return tuple(found)
+
+
+def remarks(config: CanonicalConfig) -> tuple[str, ...]:
+    """What a user should know of a model in Megatron-LM: `departures`, and what its command line does not take."""
+    base = config.rope_theta
+    odd = f"`--rotary-base` takes whole numbers, and this is {base!r}: Megatron-LM has it by `--use-checkpoint-args` alone"
+    return departures(config) + (() if float(base).is_integer() else (odd,))
 
 
 def refuse_departures(config: CanonicalConfig) -> None:
@@ -136,14 +180,14 @@ def _latent(c: CanonicalConfig) -> dict[str, Any]:
     """Arguments of latent attention."""
     if c.kv_lora_rank is None:
         return {"multi_latent_attention": False}
-    scaling = _yarn(c.rope_scaling) if c.rope_scaling else None
+    scaling = _yarn(c) if c.rope_scaling else None
     return {
         "multi_latent_attention": True, "q_lora_rank": c.q_lora_rank, "kv_lora_rank": c.kv_lora_rank,
         "qk_head_dim": c.qk_nope_head_dim, "qk_pos_emb_head_dim": c.qk_rope_head_dim, "v_head_dim": c.v_head_dim,
         "kv_channels": c.v_head_dim, "group_query_attention": False, "num_query_groups": c.num_attention_heads,
         "qk_layernorm": True, "rope_type": "yarn" if scaling else "rope", "rotary_interleaved": False,
         "rotary_percent": 1.0, "use_rope_scaling": False, "rope_scaling_factor": 8.0,
-        **({_YARN[key]: value for key, value in scaling.items()} if scaling else {}),
+        **({YARN[key]: value for key, value in scaling.items()} if scaling else {}),
     }  # fmt: skip
 
 
@@ -177,7 +221,6 @@ def to_arguments(
         "apply_residual_connection_post_layernorm": False,
         "untie_embeddings_and_output_weights": not c.tie_word_embeddings,
         "attention_dropout": 0.0, "hidden_dropout": 0.0, "mtp_num_layers": c.num_nextn_predict_layers or None,
-        "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": None,
         "tensor_model_parallel_size": grid.tp, "pipeline_model_parallel_size": grid.pp,
         "virtual_pipeline_model_parallel_size": grid.vpp if grid.vpp > 1 else None,
         "decoder_first_pipeline_num_layers": grid.first, "decoder_last_pipeline_num_layers": grid.last,
@@ -203,132 +246,6 @@ def grid_of(args: Mapping[str, Any], tp: int, pp: int, vpp: int, ep: int, etp: i
     )  # fmt: skip
 
 
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "normalization": ("RMSNorm",), "swiglu": (True,), "squared_relu": (None, False), "quick_geglu": (None, False),
-    "apply_layernorm_1p": (None, False), "window_size": (None,), "moe_router_score_function": (None, "softmax", "sigmoid"),
-    "moe_apply_probs_on_input": (None, False), "cache_mla_latents": (None, False), "rotary_seq_len_interpolation_factor": (None, 1),
-    "apply_residual_connection_post_layernorm": (None, False), "qk_l2_norm": (None, False),
-    "attention_output_gate": (None, False), "softmax_scale": (None,),
-}  # fmt: skip
-"""Arguments that change the maths, with the values under which it is that of a dense Llama."""
-
-
-def from_arguments(args: Mapping[str, Any], vocab_size: int | None = None) -> CanonicalConfig:
-    """The model a checkpoint's arguments describe.
-
-    Args:
-        args: as in the checkpoint.
-        vocab_size: the true vocabulary, where the arguments do not say.
-
-    Raises:
-        Refused: a model that is no decoder with RMSNorm, rotary embedding and SwiGLU.
-        BadInput: the arguments lack a size.
-    """
-    wrong = [f"`{key}` {args.get(key)!r}" for key, allowed in _FIXED.items() if args.get(key) not in allowed]
-    if args.get("position_embedding_type") not in ("rope", "yarn") and not args.get("use_rotary_position_embeddings"):
-        wrong.append(f"`position_embedding_type` {args.get('position_embedding_type')!r}")
-    if wrong:
-        raise Refused(f"no Hugging Face model here computes {', '.join(wrong)}", where="args")
-
-    def get(*keys: str) -> Any:
-        found = next((args[key] for key in keys if args.get(key) is not None), None)
-        if found is None:
-            raise BadInput(f"the checkpoint's args lack `{keys[0]}`", where="args", hint="give `--config CONFIG.json`")
-        return found
-
-    heads, hidden = get("num_attention_heads"), get("hidden_size")
-    grouped = args.get("group_query_attention", True)
-    head_dim = args.get("kv_channels") or hidden // heads
-    share = args.get("rotary_percent")
-    biases = bool(args.get("add_bias_linear"))
-    scaling = None
-    if args.get("use_rope_scaling"):
-        scaling = {"rope_type": "llama3", "factor": float(get("rope_scaling_factor")), **_LLAMA3}
-    latent = bool(args.get("multi_latent_attention"))
-    if latent and args.get("rope_type", "yarn") == "yarn":
-        scaling = {"rope_type": "yarn"} | {key: args[name] for key, name in _YARN.items() if args.get(name) is not None}
-    true_size = vocab_size or args.get("vocab_size")
-    if not isinstance(true_size, int):
-        raise BadInput(
-            f"the true vocabulary is not in the args, only the padded one of {args.get('padded_vocab_size')}",
-            where="args",
-            hint="give `--vocab-size`, the number of tokens of the tokenizer",
-        )
-    if latent:
-        head_dim, share, grouped = get("qk_pos_emb_head_dim"), None, False
-    return CanonicalConfig(
-        hidden_size=hidden,
-        intermediate_size=get("ffn_hidden_size"),
-        num_hidden_layers=get("num_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=(args.get("num_query_groups") or heads) if grouped else heads,
-        head_dim=head_dim,
-        vocab_size=true_size,
-        rms_norm_eps=get("norm_epsilon", "layernorm_epsilon"),
-        max_position_embeddings=get("max_position_embeddings", "seq_length"),
-        rope_theta=float(args.get("rotary_base") or 10000),
-        rotary_dim=head_dim if share is None or share >= 1.0 else int(head_dim * share),
-        rope_scaling=scaling,
-        rotary_interleaved=latent or bool(args.get("rotary_interleaved")),
-        tie_word_embeddings=not args.get("untie_embeddings_and_output_weights"),
-        qkv_bias=biases or bool(args.get("add_qkv_bias")),
-        o_bias=biases,
-        mlp_bias=biases,
-        qk_norm=bool(args.get("qk_layernorm")) and not latent,
-        num_nextn_predict_layers=args.get("mtp_num_layers") or 0,
-        **(_from_mixture(args, get) if args.get("num_experts") else {}),
-        **(_from_latent(args, get) if latent else {}),
-    )
-
-
-def _from_latent(args: Mapping[str, Any], get: Callable[..., Any]) -> dict[str, Any]:
-    if not args.get("qk_layernorm"):
-        raise Refused(
-            "no Hugging Face model here has latent attention without norms (`qk_layernorm` False)", where="args"
-        )
-    return {
-        "q_lora_rank": args.get("q_lora_rank"), "kv_lora_rank": get("kv_lora_rank"),
-        "qk_nope_head_dim": get("qk_head_dim"), "qk_rope_head_dim": get("qk_pos_emb_head_dim"),
-        "v_head_dim": get("v_head_dim"),
-    }  # fmt: skip
-
-
-def _from_mixture(args: Mapping[str, Any], get: Callable[..., Any]) -> dict[str, Any]:
-    sigmoid = args.get("moe_router_score_function") == "sigmoid"
-    groups = args.get("moe_router_num_groups") or 1
-    biased = bool(args.get("moe_router_enable_expert_bias"))
-    layers, count = args.get("moe_layer_freq", 1), get("num_layers")
-    if isinstance(layers, str):
-        layers = _layer_list(layers)
-    if isinstance(layers, int):
-        layers = [i % layers == 0 for i in range(count)]
-    if len(layers) != count:
-        raise BadInput(f"`moe_layer_freq` speaks of {len(layers)} layers, `num_layers` of {count}", where="args")
-    return {
-        "num_experts": get("num_experts"), "num_experts_per_tok": args.get("moe_router_topk") or 2,
-        "moe_layers": tuple(map(bool, layers)), "moe_intermediate_size": get("moe_ffn_hidden_size", "ffn_hidden_size"),
-        "shared_expert_intermediate_size": args.get("moe_shared_expert_intermediate_size") or 0,
-        "shared_expert_gate": bool(args.get("moe_shared_expert_gate")),
-        "scoring_func": "sigmoid" if sigmoid else "softmax",
-        "norm_topk_prob": sigmoid or not args.get("moe_router_pre_softmax"),
-        "routed_scaling_factor": args.get("moe_router_topk_scaling_factor") or 1.0,
-        "topk_method": "noaux_tc" if biased else "group_limited_greedy" if groups > 1 else "greedy",
-        "n_group": groups, "topk_group": args.get("moe_router_group_topk") or 1, "router_bias": biased,
-    }  # fmt: skip
-
-
-def _layer_list(text: str) -> int | list[int]:
-    """`moe_layer_freq` as it is typed: a number, or a Python list such as `([0]*3+[1]*58)`."""
-    if re.fullmatch(r"[\s\d\[\](),*+]+", text) is None:
-        raise BadInput(f"`moe_layer_freq` {text!r} is not understood", where="args")
-    result: list[int] = []
-    if text.strip().isdigit():
-        return int(text)
-    for entries, times in re.findall(r"\[([\d\s,]*)\](?:\s*\*\s*(\d+))?", text):
-        result += [int(entry) for entry in entries.split(",") if entry.strip()] * int(times or 1)
-    return result
-
-
 def flags(args: Mapping[str, Any]) -> list[str]:
     """Megatron-LM's command-line options for a model, one option with its values an entry."""
     options = [
@@ -341,7 +258,7 @@ def flags(args: Mapping[str, Any]) -> list[str]:
         "--moe-router-topk-scaling-factor", "--moe-router-num-groups", "--moe-router-group-topk", "--moe-router-dtype",
         "--moe-shared-expert-intermediate-size", "--moe-layer-freq", "--q-lora-rank", "--kv-lora-rank", "--qk-head-dim",
         "--qk-pos-emb-head-dim", "--v-head-dim", "--rope-type", "--rotary-scaling-factor", "--mscale", "--mscale-all-dim",
-        "--mtp-num-layers",
+        "--mtp-num-layers", "--transformer-impl",
     ]  # fmt: skip
     switches = [
         "--swiglu", "--add-qkv-bias", "--qk-layernorm", "--rotary-interleaved", "--use-rope-scaling",
@@ -353,7 +270,9 @@ def flags(args: Mapping[str, Any]) -> list[str]:
     def value(option: str) -> Any:
         return args.get(option[2:].replace("-", "_"))
 
-    found = [f"{option} {shlex.quote(str(value(option)))}" for option in options if value(option) is not None]
+    # Megatron-LM takes a list of layers only without spaces in it.
+    given = {option: str(value(option)).replace(" ", "") for option in options if value(option) is not None}
+    found = [f"{option} {shlex.quote(text)}" for option, text in given.items()]
     if args["group_query_attention"]:
         found += ["--group-query-attention", f"--num-query-groups {args['num_query_groups']}"]
     if args["use_rope_scaling"]:
@@ -372,12 +291,15 @@ def flags(args: Mapping[str, Any]) -> list[str]:
 
 def script(args: Mapping[str, Any], directory: str) -> str:
     """A shell fragment with the options, to be sourced by a training script."""
+    found = flags(args)
+    names = {flag.split()[0] for flag in found}
+    lost = ", ".join(f"--{name}" for name in NOT_CARRIED if f"--{name}" in names)
     lines = [
         '# Options of Megatron-LM for this checkpoint; source it and pass "${MODEL_ARGS[@]}" to pretrain_gpt.py.',
-        f"# --use-checkpoint-args does not take {', '.join('--' + name for name in NOT_CARRIED)} from a checkpoint:",
+        f"# --use-checkpoint-args does not take {lost} from a checkpoint:",
         "# give them here, or the model trained is another.",
         "MODEL_ARGS=(",
-        *(f"    {flag}" for flag in flags(args)),
+        *(f"    {flag}" for flag in found),
         ")",
         f"# --load {directory} --ckpt-format {args['ckpt_format']} --no-load-optim --no-load-rng --finetune",
     ]

@@ -140,8 +140,16 @@ def _by_layout(num_layers: int, grid: Grid, further: int) -> list[int]:
                 raise Usage(f"the layout has more than {_MAX_LAYOUT:,} layers")
             text = text[: match.start()] + match[1] * int(match[2]) + text[match.end() :]
     stages = text.split("|")
-    decoder = text[: -1 - further] + "L" if further and text.endswith("m" * further + "L") else text
-    if re.search(r"[^EtL|]", decoder) or text[:1] != "E" or text[-1:] != "L" or text.count("E") + text.count("L") != 2:
+    # megatron-core refuses a layout without an m for each (`validate_layer_layout`).
+    end = "m" * further + "L"
+    decoder = text.removesuffix(end) + "L"
+    if (
+        not text.endswith(end)
+        or re.search(r"[^EtL|]", decoder)
+        or text[:1] != "E"
+        or text[-1:] != "L"
+        or text.count("E") + text.count("L") != 2
+    ):
         last = f", then m for each of {further} layers that predict further tokens" if further else ""
         raise Usage(f"`{grid.layout}` is not a layout: E, then t for each layer{last}, then L, with | between stages")
     if len(stages) != grid.pp * grid.vpp:

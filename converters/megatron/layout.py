@@ -11,7 +11,7 @@ from llmconvert.checkpoint.megatron import RANK_FILE, Place, rank_folder, ranks
 from llmconvert.checkpoint.torch_dist import lay_out_torch_dist
 from llmconvert.checkpoint.torch_zip import Slot, lay_out_torch
 from llmconvert.converters.megatron.grid import Chunk, Grid, chunks
-from llmconvert.converters.megatron.parts import Cut
+from llmconvert.converters.megatron.parts import TRANSFORMER_ENGINE, Cut, states_beside
 from llmconvert.converters.megatron.shards import Shards
 from llmconvert.engine.plan import OutputTensor, WeightFile
 from llmconvert.errors import Usage
@@ -67,13 +67,6 @@ def lay_out(shards: Shards, args: Mapping[str, Any], grid: Grid, cut: Cut, folde
     return _lay_out_dist(shards, args, folder) if cut.dist else _lay_out_ranks(shards, args, grid, cut, folder)
 
 
-def _extra_state(name: str) -> str | None:
-    """Where Transformer Engine's linear modules keep state of their own, for the module a tensor belongs to."""
-    module = name.rpartition(".")[0]
-    linear = module.rpartition(".")[2]
-    return f"{module}._extra_state" if linear.startswith("linear_") or linear == "eh_proj" else None
-
-
 def _lay_out_ranks(shards: Shards, args: Mapping[str, Any], grid: Grid, cut: Cut, release: str) -> LaidOut:
     """A rank file for every rank, as Megatron-LM saves it."""
     outputs: list[OutputTensor] = []
@@ -95,9 +88,7 @@ def _lay_out_ranks(shards: Shards, args: Mapping[str, Any], grid: Grid, cut: Cut
                 for name, expression in shard.items():
                     state[name] = Slot(expression.dtype, expression.shape)
                     named.append((f"{folder}/{v}/{name}", expression))
-                    extra = _extra_state(name)
-                    if extra is not None:
-                        state[extra] = None
+                    state |= dict.fromkeys(states_beside(name, cut.implementation == TRANSFORMER_ENGINE))
                 value["model" if grid.vpp == 1 else f"model{v}"] = state
             # The ranks of a stage mostly hold tensors of the same names and shapes, and are laid out alike.
             kind = [[(name, e.dtype, e.shape) for name, e in shard.items()] for shard in chunks_here]
@@ -142,8 +133,8 @@ def _lay_out_dist(shards: Shards, args: Mapping[str, Any], release: str) -> Laid
         parts.setdefault(whole, []).append(expression)
         held = [(place, count) for place, count in zip(places, counts, strict=True) if place is not None]
         axes[whole] = [count for _, count in held]
-        extra = _extra_state(whole)
-        if extra is not None:
+        # All states any implementation asks for: what is not there cannot be loaded, what is not asked for is passed over.
+        for extra in states_beside(whole, engine=True):
             at, of = (".".join(str(pair[k]) for pair in held) or ("0", "1")[k] for k in (0, 1))
             states[f"{extra}/shard_{at}_{of}"] = None
     shapes = {name: (each[0].dtype, (*axes[name], *each[0].shape)) for name, each in parts.items()}

@@ -117,6 +117,25 @@ def norm_names(implementation: str, *, dist: bool, latent: bool, experts: bool) 
     return fused if dist and not latent else apart
 
 
+def states_beside(name: str, engine: bool) -> tuple[str, ...]:
+    """Keys under which modules keep state of their own (`_extra_state`), for the module a tensor belongs to.
+
+    megatron-core's linear maps have such a key whichever implementation they are of. Of Transformer Engine's modules
+    norms have one too (from 1.13 on, when they became operations), and attention itself, which has no tensor.
+
+    Args:
+        name: of a tensor.
+        engine: with what Transformer Engine's modules alone have.
+    """
+    module = name.rpartition(".")[0]
+    own = module.rpartition(".")[2]
+    linear, norm = own.startswith("linear_") or own == "eh_proj", own.endswith("norm")
+    found = [module] if linear or (norm and engine) else []
+    if engine and module.endswith(f"{ATTENTION}linear_proj"):
+        found.append(f"{module.removesuffix('linear_proj')}core_attention")
+    return tuple(f"{each}._extra_state" for each in found)
+
+
 class _Layer:
     def __init__(
         self, config: CanonicalConfig, cut: Cut, everywhere: list[Place], whole: tuple[tuple[Place, ...], ...],

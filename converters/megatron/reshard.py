@@ -11,15 +11,16 @@ from typing import Any
 import llmconvert
 from llmconvert.checkpoint.dtypes import TO_NAME
 from llmconvert.checkpoint.megatron import LATEST, open_megatron
-from llmconvert.converters.companions import whole_folder
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid, padded_vocabulary
 from llmconvert.converters.megatron.layout import cut_for, lay_out, tracked
-from llmconvert.converters.megatron.merge import Opened, open_model, shape_of, shard_pairs
+from llmconvert.converters.megatron.merge import shape_of, shard_pairs
+from llmconvert.converters.megatron.opening import Opened, beside_home, open_model
 from llmconvert.converters.megatron.parts import IMPLEMENTATIONS, Cut, check_cut
+from llmconvert.converters.megatron.replicas import refuse_differing
 from llmconvert.converters.megatron.shards import assembled, join, split
-from llmconvert.converters.megatron.split import ARGS_SCRIPT, HF_FOLDER
-from llmconvert.converters.proofs import Proving, prove_written, refuse_unprovable
+from llmconvert.converters.megatron.split import ARGS_SCRIPT, in_home
+from llmconvert.converters.proofs import LOGITS, Proving, prove_written, refuse_unprovable
 from llmconvert.converters.running import Progress, Report, run
 from llmconvert.engine import manifest
 from llmconvert.engine.plan import Plan
@@ -52,12 +53,16 @@ def _plan(
     args |= {"moe_grouped_gemm": grouped} if config.num_experts else {}
     folder, tracker = tracked(None)
     outputs, files, texts = lay_out(shards, args, grid, cut, folder)
-    beside = whole_folder(source.path / HF_FOLDER, source.path)
-    copies = {f"{HF_FOLDER}/{name}": path for name, path in beside.copies.items()}
     texts |= {LATEST: tracker.encode(), ARGS_SCRIPT: arguments.script({**described, **args}, "DIR").encode()}
-    recorded = (manifest.read(source.path) or {}).get("source")
+    extra = beside_home(opened)
+    copies, beside = in_home(extra, opened.origin.config if opened.origin else None)
+    texts |= beside
+    recorded = (manifest.read(source.path) or {}).get("source") or {
+        "path": source.path.resolve().name,
+        "args": source.args,
+    }
     summary: dict[str, Any] = {
-        "source": recorded or {"path": source.path.resolve().name, "args": source.args},
+        "source": recorded | (asdict(opened.origin) if opened.origin else {}),
         "target": {"megatron": asdict(grid), "format": fmt, "transformer_impl": implementation},
         "steps": [], "dropped": opened.dropped,
     }  # fmt: skip
@@ -65,8 +70,7 @@ def _plan(
     stats = sorted({(str(t.path), t.path.stat().st_size, t.path.stat().st_mtime_ns) for t in everything.values()})
     identity = [llmconvert.__version__, stats, [(f.name, f.size, f.digest) for f in files], summary]
     plan = Plan(source.path, outputs, files, texts, copies, (), json.dumps(identity, default=str) + "\n", summary)
-    left = {f"{HF_FOLDER}/{name}": why for name, why in beside.left.items()}
-    return plan, account(plan, everything, opened.dropped, opened.rows_used), cut, left
+    return plan, account(plan, everything, opened.dropped, opened.rows_used), cut, extra.left
 
 
 def _pairs(opened: Opened, cut: Cut, written: Path) -> list[Pair]:
@@ -86,6 +90,7 @@ def reshard_checkpoint(
     vocab_size: int | None = None,
     config: Path | None = None,
     trust_pickle: bool = False,
+    replica: str | None = None,
     verify: str = "logits",
     device: str = "auto",
     load: str = "auto",
@@ -109,7 +114,9 @@ def reshard_checkpoint(
     if not dry_run:
         for path in (source, *([config] if config else [])):
             check_destination(path, destination, overwrite=overwrite, resume=resume)
-    opened = open_model(source, iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle)
+    opened = open_model(
+        source, iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle, replica=replica
+    )
     implementation = transformer_impl or opened.transformer_impl
     if implementation not in IMPLEMENTATIONS:
         raise Usage(
@@ -117,7 +124,7 @@ def reshard_checkpoint(
         )
     grouped = opened.cut.grouped if grouped is None else grouped
     plan, ledger, cut, left = _plan(opened, grid, fmt, implementation, grouped, divisible_by)
-    old, notes = opened.checkpoint, tuple[str, ...]()
+    old, notes = opened.checkpoint, opened.notes
     if old.left_out:
         notes += (f"{old.left_out / 1e9:.2f} GB of optimizer and random state are left out",)
     report = Report(
@@ -141,6 +148,8 @@ def reshard_checkpoint(
     if dry_run:
         return report
     refuse_unprovable(proving, [("source", source)])
+    if proving.verify == LOGITS:
+        refuse_differing(opened.joined)
     return run(
         plan, source, destination, report, proving, workers, overwrite, resume, sync, progress,
         pairs=lambda written: _pairs(opened, cut, written),

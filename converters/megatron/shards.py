@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmconvert.canonical import model as canonical
@@ -30,6 +30,7 @@ from llmconvert.tensors.expressions import (
     fill,
     gather,
     interleave,
+    mean,
     rows,
 )
 from llmconvert.tensors.tiles import assemble
@@ -97,47 +98,84 @@ def split(tensors: Mapping[str, Expression], config: CanonicalConfig, cut: Cut) 
     return result
 
 
+Shard = tuple[Place, str]
+"""A tensor of a rank."""
+
+
+@dataclass(frozen=True)
+class Replica:
+    """A copy of a tensor, or of a piece of one.
+
+    Attributes:
+        group: the same for all copies of one thing.
+        shards: the copy: one, or all pieces of it.
+        first: likewise what it is a copy of.
+        check: that the two are equal.
+    """
+
+    group: str
+    shards: tuple[Shard, ...]
+    first: tuple[Shard, ...]
+    check: Check
+
+
 @dataclass(frozen=True)
 class Joined:
     """A model put together.
 
     Attributes:
         tensors: canonical tensors, by name.
-        checks: copies that must be equal.
+        replicas: copies that should be equal.
         copies: (place, name) of shards that are copies of others, and are checked and left out.
         rows_used: (place, name) of shards of the vocabulary to how many of their rows are no padding.
+        differing: (place, name) of shards that are not what stands for them in `tensors`.
     """
 
     tensors: dict[str, Expression]
-    checks: tuple[Check, ...]
-    copies: dict[tuple[Place, str], str]
-    rows_used: dict[tuple[Place, str], int]
+    replicas: tuple[Replica, ...]
+    copies: dict[Shard, str]
+    rows_used: dict[Shard, int]
+    differing: frozenset[Shard] = frozenset()
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """That copies are equal."""
+        return tuple(replica.check for replica in self.replicas)
 
 
-def join(shards: Mapping[Place, Mapping[str, Expression]], config: CanonicalConfig, cut: Cut) -> Joined:
+def join(
+    shards: Mapping[Place, Mapping[str, Expression]], config: CanonicalConfig, cut: Cut,
+    averaged: Container[str] = (),
+) -> Joined:  # fmt: skip
     """Put a model together from its shards.
 
     Args:
         shards: of every place in `cut`.
         config: of the model.
         cut: how it was cut.
+        averaged: groups of replicas for which the mean of all stands, not the first.
 
     Raises:
         BadInput: shards are missing, left over, or misshapen; all are named.
     """
-    return _Join(shards, config, cut).run()
+    return _Join(shards, config, cut, averaged).run()
 
 
 class _Join:
-    def __init__(self, shards: Mapping[Place, Mapping[str, Expression]], config: CanonicalConfig, cut: Cut) -> None:
-        self.config, self.cut, self.shapes = config, cut, canonical.shapes(config)
+    def __init__(
+        self, shards: Mapping[Place, Mapping[str, Expression]], config: CanonicalConfig, cut: Cut,
+        averaged: Container[str],
+    ) -> None:  # fmt: skip
+        self.config, self.cut, self.averaged, self.shapes = config, cut, averaged, canonical.shapes(config)
         self.left = {place: dict(named) for place, named in shards.items()}
         self.tensors: dict[str, Expression] = {}
         self.missing: list[str] = []
         self.misshapen: list[str] = []
-        self.checks: list[Check] = []
-        self.copies: dict[tuple[Place, str], str] = {}
-        self.rows_used: dict[tuple[Place, str], int] = {}
+        self.replicas: list[Replica] = []
+        self.placed: dict[str, tuple[Shard, ...]] = {}
+        self.further: dict[str, list[Expression]] = {}
+        self.copies: dict[Shard, str] = {}
+        self.rows_used: dict[Shard, int] = {}
 
     def run(self) -> Joined:
         for chunk in self.cut.chunks:
@@ -148,8 +186,8 @@ class _Join:
             ("missing", self.missing), ("misshapen", self.misshapen), ("unknown", surplus)) if faults]  # fmt: skip
         if faults:
             raise BadInput(f"the shards are not those of the model their args describe: {' | '.join(faults)}")
-        ordered = {name: self.tensors[name] for name in self.shapes}
-        return Joined(ordered, tuple(self.checks), self.copies, self.rows_used)
+        ordered = {name: mean([self.tensors[name], *self.further.get(name, ())]) for name in self.shapes}
+        return Joined(ordered, tuple(self.replicas), self.copies, self.rows_used)
 
     def _put(self, part: Part) -> None:
         n = len(part.places)
@@ -168,6 +206,7 @@ class _Join:
                 self._copy(part, name, expression)
             else:
                 self.tensors[name] = expression
+                self.placed[name] = tuple((place, part.name) for places in part.places for place in places)
 
     def _shape(self, part: Part, shapes: Sequence[Shape], n: int) -> Shape:
         """Of one piece."""
@@ -208,24 +247,31 @@ class _Join:
     def _same(self, places: Sequence[Place], name: str, shape: Shape) -> Expression:
         """A piece that several places have copies of."""
         first, *others = (self._take(place, name, shape) for place in places)
+        group = f"{name} of {where(places[0])}"
         for place, other in zip(places[1:], others, strict=True):
-            self.copies[place, name] = f"a copy of {where(places[0])}'s"
             if other.dtype != first.dtype:
                 self.misshapen.append(f"`{name}` differs in dtype between ranks")
                 continue
             why = f"it should be a copy of {where(places[0])}'s, and differs ({where(place)})"
-            self.checks.append(Check(name, other, first, why))
-        return first
+            check = Check(name, other, first, why)
+            self.replicas.append(Replica(group, ((place, name),), ((places[0], name),), check))
+            if group not in self.averaged:
+                self.copies[place, name] = f"a copy of {where(places[0])}'s"
+        return mean([first, *others]) if group in self.averaged else first
 
     def _copy(self, part: Part, name: str, expression: Expression) -> None:
         """Check a further copy of a tensor (a tied head, an embedding beside layers that predict) and leave it out."""
-        if expression.dtype == self.tensors[name].dtype:
-            why = f"it should be a copy of the embedding, `{name}`, to which args tie it"
-            self.checks.append(Check(part.name, expression, self.tensors[name], why))
-        else:
+        shards = tuple((place, part.name) for places in part.places for place in places)
+        if expression.dtype != self.tensors[name].dtype:
             self.misshapen.append(f"`{part.name}` differs in dtype from `{name}`, of which it is a copy")
-        for places in part.places:
-            self.copies |= {(place, part.name): "a copy of the embedding" for place in places}
+            return
+        why = f"it should be a copy of the embedding, `{name}`, to which args tie it"
+        check = Check(part.name, expression, self.tensors[name], why)
+        self.replicas.append(Replica(name, shards, self.placed[name], check))
+        if name in self.averaged:
+            self.further.setdefault(name, []).append(expression)
+        else:
+            self.copies |= dict.fromkeys(shards, "a copy of the embedding")
 
 
 def where(place: Place) -> str:

@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from llmconvert.canonical.step import Step
 from llmconvert.checkpoint.directory import Checkpoint, open_checkpoint
 from llmconvert.checkpoint.dtypes import FROM_NAME, TO_NAME
 from llmconvert.checkpoint.megatron import LATEST, open_megatron
-from llmconvert.converters.companions import companions
+from llmconvert.converters.companions import Companions, companions
 from llmconvert.converters.megatron import arguments
 from llmconvert.converters.megatron.grid import Grid, padded_vocabulary
 from llmconvert.converters.megatron.layout import cut_for, lay_out, tracked
+from llmconvert.converters.megatron.opening import CONFIG, HF_FOLDER
 from llmconvert.converters.megatron.parts import IMPLEMENTATIONS, Cut, check_cut
 from llmconvert.converters.megatron.shards import assembled, join, split
-from llmconvert.converters.planning import checked_away, elsewhere
+from llmconvert.converters.planning import Lowered, check_data, checked_away, elsewhere, json_text, lowered_in
 from llmconvert.converters.proofs import LOGITS, Proving, prove_written, refuse_unprovable
 from llmconvert.converters.returning import canonical_pairs, unlowered
 from llmconvert.converters.running import Progress, Report, run
@@ -36,13 +37,9 @@ from llmconvert.spec.disagreements import refuse_disagreements
 from llmconvert.spec.fused import unfused
 from llmconvert.spec.language import Spec
 from llmconvert.spec.quantised import FP8
-from llmconvert.spec.registry import registry
-from llmconvert.tensors.expressions import cast
+from llmconvert.spec.registry import Registry, registry
 from llmconvert.verify.ledger import Ledger, account
 from llmconvert.verify.roundtrip import ONE_WAY, Pair, failing
-
-HF_FOLDER = "hf"
-"""Where tokenizer files and the original config.json lie in a Megatron checkpoint, for the way back."""
 
 ARGS_SCRIPT = "megatron-args.sh"
 
@@ -75,20 +72,79 @@ class SplitConversion:
     not_carried: dict[str, str]
 
 
-def lower_to_megatron(
-    lifted: CanonicalModel, checkpoint: Checkpoint
-) -> tuple[CanonicalModel, list[tuple[Step, CanonicalConfig]]]:
+def lower_to_megatron(lifted: CanonicalModel, checkpoint: Checkpoint) -> Lowered:
     """Rewrite a model until megatron-core can hold it.
 
     Raises:
         Refused: it has a trait megatron-core's GPT model does not.
     """
     try:
-        model, steps = lower(lifted, "megatron", arguments.HOLDS, frozenset(), arguments.coupled(lifted.config))
+        model, steps = lower(
+            lifted, "megatron", arguments.holds(lifted.config), frozenset(), arguments.coupled(lifted.config)
+        )
         arguments.check_holds(model.config)
     except Refused as error:
         raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
     return model, steps
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """All of a split but where its bytes go."""
+
+    known: Registry
+    checkpoint: Checkpoint
+    spec: Spec
+    lifted: Lifted
+    model: CanonicalModel
+    steps: list[tuple[Step, CanonicalConfig]]
+    cut: Cut
+    args: dict[str, Any]
+    remarks: tuple[str, ...]
+
+
+def _prepared(
+    source: str | os.PathLike[str], grid: Grid, fmt: str, transformer_impl: str, grouped: bool, divisible_by: int,
+    dtype: str | None, spec_file: Path | None, source_name: str | None,
+) -> _Prepared:  # fmt: skip
+    if transformer_impl not in IMPLEMENTATIONS:
+        raise Usage(
+            f"`{transformer_impl}` is not a transformer implementation", hint=f"choose {' or '.join(IMPLEMENTATIONS)}"
+        )
+    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
+        raise Usage(f"`{dtype}` is not a dtype to write", hint="choose float32, bfloat16 or float16")
+    if divisible_by < 1:
+        raise Usage("`--make-vocab-size-divisible-by` must be at least 1")
+    known = registry(spec_file)
+    checkpoint = unfused(open_checkpoint(source))
+    spec = known.identify(checkpoint, source_name)
+    config = read_config(spec, checkpoint.config, checkpoint.tensors)
+    code = FROM_NAME[dtype] if dtype else None
+    lifted = lift(spec, checkpoint, config, dtype=code or "BF16")
+    try:
+        remarks = refuse_disagreements(spec, config, lifted.model.tensors, checkpoint.config)
+    except Refused as error:
+        raise Refused(error.what, where=str(checkpoint.path), hint=error.hint) from None
+    model, steps = lowered_in(code, lifted.model, lambda lifted: lower_to_megatron(lifted, checkpoint))
+    if grouped and not model.config.num_experts:
+        raise Usage("`--moe-grouped-gemm` is for mixtures of experts, and this model is dense", hint="leave it out")
+    check_cut(model.config, grid, fmt, transformer_impl)
+    padded = padded_vocabulary(model.config.vocab_size, grid.tp, divisible_by)
+    cut = cut_for(model.config, grid, fmt, padded, transformer_impl, grouped)
+    main = Counter(e.dtype for e in model.tensors.values()).most_common(1)[0][0]
+    args = arguments.to_arguments(model.config, grid, padded, divisible_by, TO_NAME[main])
+    args |= {"transformer_impl": transformer_impl, "ckpt_format": fmt}
+    args |= {"moe_grouped_gemm": grouped} if model.config.num_experts else {}
+    return _Prepared(known, checkpoint, spec, lifted, model, steps, cut, args, remarks)
+
+
+def arguments_for(
+    source: str | os.PathLike[str], grid: Grid, *, fmt: str = "torch", transformer_impl: str = "transformer_engine",
+    grouped: bool = False, divisible_by: int = 128, dtype: str | None = None, spec_file: Path | None = None,
+    source_name: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The arguments a split would write; see `plan_split`."""
+    return _prepared(source, grid, fmt, transformer_impl, grouped, divisible_by, dtype, spec_file, source_name).args
 
 
 def plan_split(
@@ -102,6 +158,7 @@ def plan_split(
     iteration: int | None = None,
     dtype: str | None = None,
     spec_file: Path | None = None,
+    source_name: str | None = None,
 ) -> SplitConversion:
     """Plan a split from headers alone.
 
@@ -115,74 +172,51 @@ def plan_split(
         iteration: which to write as; None for `release`.
         dtype: float32, bfloat16 or float16; None keeps each tensor's own.
         spec_file: a spec from outside the package.
+        source_name: the source's spec; detected if None.
 
     Raises:
         LlmconvertError: of the kind that fits; nothing has been written.
     """
-    if transformer_impl not in IMPLEMENTATIONS:
-        raise Usage(
-            f"`{transformer_impl}` is not a transformer implementation", hint=f"choose {' or '.join(IMPLEMENTATIONS)}"
-        )
-    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
-        raise Usage(f"`{dtype}` is not a dtype to write", hint="choose float32, bfloat16 or float16")
-    if divisible_by < 1:
-        raise Usage("`--make-vocab-size-divisible-by` must be at least 1")
-    known = registry(spec_file)
-    checkpoint = unfused(open_checkpoint(source))
-    spec = known.identify(checkpoint)
-    config = read_config(spec, checkpoint.config, checkpoint.tensors)
-    lifted = lift(spec, checkpoint, config, dtype=FROM_NAME[dtype or "bfloat16"])
-    try:
-        remarks = refuse_disagreements(spec, config, lifted.model.tensors, checkpoint.config)
-    except Refused as error:
-        raise Refused(error.what, where=str(checkpoint.path), hint=error.hint) from None
-    model, steps = lower_to_megatron(lifted.model, checkpoint)
-    if dtype:
-        model = replace(model, tensors={name: cast(e, FROM_NAME[dtype]) for name, e in model.tensors.items()})
-    if grouped and not model.config.num_experts:
-        raise Usage("`--moe-grouped-gemm` is for mixtures of experts, and this model is dense", hint="leave it out")
-    check_cut(model.config, grid, fmt, transformer_impl)
-    padded = padded_vocabulary(model.config.vocab_size, grid.tp, divisible_by)
-    cut = cut_for(model.config, grid, fmt, padded, transformer_impl, grouped)
-    shards = split(model.tensors, model.config, cut)
-    main = Counter(e.dtype for e in model.tensors.values()).most_common(1)[0][0]
-    args = arguments.to_arguments(model.config, grid, padded, divisible_by, TO_NAME[main])
-    args |= {"transformer_impl": transformer_impl, "ckpt_format": fmt}
-    args |= {"moe_grouped_gemm": grouped} if model.config.num_experts else {}
+    made = _prepared(source, grid, fmt, transformer_impl, grouped, divisible_by, dtype, spec_file, source_name)
+    checkpoint, spec, lifted, model, args = made.checkpoint, made.spec, made.lifted, made.model, made.args
+    shards = split(model.tensors, model.config, made.cut)
     folder, tracker = tracked(iteration)
     args["iteration"] = iteration or 1
-    outputs, files, own = lay_out(shards, args, grid, cut, folder)
+    outputs, files, own = lay_out(shards, args, grid, made.cut, folder)
     extra = companions(checkpoint)
-    texts = {f"{HF_FOLDER}/{name}": text for name, text in extra.texts.items()}
-    texts |= own | {
-        LATEST: tracker.encode(),
-        ARGS_SCRIPT: arguments.script(args, "DIR").encode(),
-        f"{HF_FOLDER}/config.json": (json.dumps(checkpoint.config, indent=2, ensure_ascii=False) + "\n").encode(),
-    }
+    copies, texts = in_home(extra, checkpoint.config)
+    texts |= own | {LATEST: tracker.encode(), ARGS_SCRIPT: arguments.script(args, "DIR").encode()}
     summary = {
         "source": {
             "path": checkpoint.path.resolve().name, "spec": spec.name,
-            "spec_sha256": hashlib.sha256(known.files[spec.name].read_bytes()).hexdigest(),
+            "spec_sha256": hashlib.sha256(made.known.files[spec.name].read_bytes()).hexdigest(),
             "architectures": checkpoint.config.get("architectures"), "config": checkpoint.config,
         },
         "target": {"megatron": asdict(grid), "format": fmt, "transformer_impl": transformer_impl},
         "dtype": dtype,
-        "steps": [{"name": step.name, "exactness": step.exactness, "why": step.why} for step, _ in steps],
+        "steps": [{"name": step.name, "exactness": step.exactness, "why": step.why} for step, _ in made.steps],
         "dropped": lifted.dropped,
     }  # fmt: skip
-    copies = {f"{HF_FOLDER}/{name}": path for name, path in extra.copies.items()}
     plan = Plan(
         checkpoint.path, outputs, files, texts, copies, model.checks, _identity(checkpoint, files, summary), summary
     )
     ledger = account(plan, checkpoint.tensors, lifted.dropped | checked_away(model))
-    notes = lifted.notes + remarks + extra.notes + arguments.departures(model.config)
+    notes = lifted.notes + made.remarks + extra.notes + arguments.remarks(model.config)
     eight = sum(tensor.dtype == FP8 for tensor in checkpoint.tensors.values())
     if eight:
         notes += (f"{eight} FP8 tensors are dequantised in float32 and rounded once",)
-    if padded != model.config.vocab_size:
-        rows = f"{padded - model.config.vocab_size} rows of zeros"
+    padding = made.cut.padded_vocab_size - model.config.vocab_size
+    if padding:
+        padded, rows = made.cut.padded_vocab_size, f"{padding} rows of zeros"
         notes += (f"the vocabulary of {model.config.vocab_size} is padded to {padded} with {rows}",)
-    return SplitConversion(checkpoint, spec, lifted, model, steps, cut, args, plan, ledger, notes, extra.left)
+    return SplitConversion(checkpoint, spec, lifted, model, made.steps, made.cut, args, plan, ledger, notes, extra.left)
+
+
+def in_home(extra: Companions, config: Mapping[str, Any] | None) -> tuple[dict[str, Path], dict[str, bytes]]:
+    """What lies in the `hf` folder of a Megatron checkpoint, for the way back: files to copy, and files by their bytes."""
+    copies = {f"{HF_FOLDER}/{name}": path for name, path in extra.copies.items()}
+    texts = {f"{HF_FOLDER}/{name}": text for name, text in extra.texts.items()}
+    return copies, texts | ({f"{HF_FOLDER}/{CONFIG}": json_text(config)} if config is not None else {})
 
 
 def _identity(checkpoint: Checkpoint, files: tuple[WeightFile, ...], summary: Mapping[str, Any]) -> str:
@@ -218,6 +252,7 @@ def split_checkpoint(
     iteration: int | None = None,
     dtype: str | None = None,
     spec_file: Path | None = None,
+    source_name: str | None = None,
     verify: str = "logits",
     device: str = "auto",
     load: str = "auto",
@@ -248,10 +283,12 @@ def split_checkpoint(
         iteration=iteration,
         dtype=dtype,
         spec_file=spec_file,
+        source_name=source_name,
     )
-    faults = failing(conversion.plan.checks)
-    if faults:
-        raise BadInput("; ".join(faults[:3]), where=str(conversion.checkpoint.path))
+    checks = conversion.lifted.model.checks, conversion.plan.checks
+    biased = any(check.name.endswith("bias") for check in conversion.plan.checks)
+    hint = (f"{arguments.BIASES}; " if biased else "") + elsewhere(conversion.checkpoint)
+    check_data(conversion.checkpoint, *checks, hint=hint)
     report = _report(conversion, str(destination))
     if dry_run:
         return report

@@ -42,7 +42,7 @@ def _take_shared_gate(model: CanonicalModel) -> CanonicalModel:
             why = "the target cannot gate shared experts, and the gate is not zero"
             checks.append(Check(f"{name}.weight", gate, fill(gate.shape, gate.dtype), why))
     config = replace(model.config, shared_expert_gate=False)
-    return CanonicalModel(config, tensors, model.checks + tuple(checks))
+    return replace(model, config=config, tensors=tensors, checks=model.checks + tuple(checks))
 
 
 GIVE_SHARED_GATE = Step(
@@ -88,7 +88,8 @@ def _take_copies(model: CanonicalModel) -> CanonicalModel:
             raise Refused(f"`{copy}` should be a copy of `{original}`, and differs in dtype")
         checks.append(Check(copy, left, right, f"the target shares it with `{original}`, of which it is no copy"))
     tensors = {name: e for name, e in model.tensors.items() if name not in copies}
-    return CanonicalModel(replace(model.config, mtp_copies=False), tensors, model.checks + tuple(checks))
+    config = replace(model.config, mtp_copies=False)
+    return replace(model, config=config, tensors=tensors, checks=model.checks + tuple(checks))
 
 
 GIVE_COPIES = Step(

@@ -133,7 +133,8 @@ _FOLD_EMBEDDING = _scaling(
 
 
 def _fold_rounded(model: CanonicalModel, multiplier: float, power: int) -> dict[str, Expression]:
-    return edit(model, (canonical.EMBED,), rounded(lambda e: scale(e, in_dtype(multiplier, e.dtype) ** power)))
+    constant = rounded(lambda e: scale(e, in_dtype(multiplier, model.dtype or e.dtype) ** power))
+    return edit(model, (canonical.EMBED,), constant)
 
 
 _FOLD_ROUNDED_EMBEDDING = Step(
@@ -195,7 +196,7 @@ def _take_bias(model: CanonicalModel, trait: str) -> CanonicalModel:
         for name, e in dropped.items()
     )
     tensors = {name: e for name, e in model.tensors.items() if name in kept}
-    return CanonicalModel(config, tensors, model.checks + checks)
+    return replace(model, config=config, tensors=tensors, checks=model.checks + checks)
 
 
 def _bias_step(trait: str, give: bool) -> Step:
@@ -235,7 +236,7 @@ def _add_norms(model: CanonicalModel) -> CanonicalModel:
         Refused: the weights are float16, where the shrunken q and k would underflow.
     """
     down = 2.0**-_NORM_EXPONENT
-    dtype = model.tensors[canonical.Q.replace("{i}", "0") + ".weight"].dtype
+    dtype = model.dtype or model.tensors[canonical.Q.replace("{i}", "0") + ".weight"].dtype
     if dtype == "F16":
         raise Refused(
             "q and k shrunk by 2^-32 underflow in float16", hint="add `--dtype bfloat16` or `--dtype float32`"

@@ -386,8 +386,16 @@ def shapes(config: CanonicalConfig) -> dict[str, tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class CanonicalModel:
-    """A model between reading and writing: its config and its tensors as expressions, by canonical name."""
+    """A model between reading and writing.
+
+    Attributes:
+        config: what it is.
+        tensors: expressions, by canonical name.
+        checks: facts about the data that it relies on.
+        dtype: the code of the dtype all numbers will be rounded to in the end; None where each keeps its own.
+    """
 
     config: CanonicalConfig
     tensors: dict[str, Expression]
     checks: tuple[Check, ...] = field(default=())
+    dtype: str | None = None

@@ -213,6 +213,11 @@ def _files(
     Raises:
         BadInput: ranks are missing or too many.
     """
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size",
+             "expert_tensor_parallel_size")  # fmt: skip
+    for key in sizes:
+        if not isinstance(args.get(key), int | None) or not 1 <= (args.get(key) or 1) <= _MAX_RANKS:
+            raise BadInput(f"args say {key} {str(args[key])[:40]!r}", where=str(release))
     numbers = {name: [int(text) for text in name.split("_")[2:]] for name in folders}
     ep = args.get("expert_model_parallel_size") or 1
     pipelined = (args.get("pipeline_model_parallel_size") or (2 if ep == 1 else 1)) > 1
@@ -250,16 +255,12 @@ _STACKED = "decoder.layers."
 
 def _open_dist(directory: Path, release: Path, trust_pickle: bool) -> MegatronCheckpoint:
     """A `torch_dist` checkpoint as one rank: layers that are stacked on the first axis are taken apart."""
-    opened = open_torch_dist(release, trust_pickle=trust_pickle)
+    opened = open_torch_dist(release, passed_over=is_training_state, trust_pickle=trust_pickle)
     check(opened.common, ITERATION, str(release))
     _check_version(opened.common, release)
     named: dict[str, list[Tile]] = {}
     items: dict[str, StoredTensor] = {}
-    left_out = opened.left_out
     for name, tensor in opened.tensors.items():
-        if name.startswith(("optimizer.", "rng_state", "rerun_state")):
-            left_out += sum(chunk.stored.nbytes for chunk in tensor.chunks)
-            continue
         for chunk in tensor.chunks:
             items[chunk.stored.name] = _folded(name, chunk.stored)
             for own, offsets, stored in _taken_apart(name, chunk.offsets, chunk.stored):
@@ -268,8 +269,19 @@ def _open_dist(directory: Path, release: Path, trust_pickle: bool) -> MegatronCh
     iteration = opened.common.get("iteration", "release")
     args = _plain(opened.common.get("args"), release)
     return MegatronCheckpoint(
-        directory, release, args, iteration, "torch_dist", 1, 1, 1, {Place(0, 0, 0): tensors}, items, left_out
+        directory, release, args, iteration, "torch_dist", 1, 1, 1, {Place(0, 0, 0): tensors}, items, opened.left_out
     )
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a global name is of the optimizer or of random state, and not of the model.
+
+    The optimizer's all have `optimizer` as one of their parts, which is part of no parameter's name: `optimizer.state.…`,
+    `optimizer.distributed.…`, behind `chained_0.` and so on where experts have an optimizer of their own
+    (megatron-core, `optimizer/`). What else there is has names of its own (Megatron-LM, `generate_state_dict`).
+    """
+    parts = name.split(".")
+    return "optimizer" in parts or parts[0].startswith(("rng_state", "rerun_state"))
 
 
 _GLOBAL_EXPERTS = ".mlp.experts.experts."

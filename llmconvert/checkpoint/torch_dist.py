@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -63,7 +63,7 @@ class TorchDist:
         tensors: by name.
         objects: names of what is no tensor (extra states, random states).
         common: what `common.pt` holds.
-        left_out: bytes of `objects`.
+        left_out: bytes of `objects`, and of tensors that were passed over.
     """
 
     tensors: dict[str, GlobalTensor]
@@ -87,11 +87,14 @@ def _tuple(value: Any) -> tuple[int, ...]:
     return tuple(entries)
 
 
-def open_torch_dist(folder: Path, *, trust_pickle: bool = False) -> TorchDist:
+def open_torch_dist(
+    folder: Path, *, passed_over: Callable[[str], bool] = lambda name: False, trust_pickle: bool = False
+) -> TorchDist:
     """Open a checkpoint in the `torch_dist` format; tensors are not read.
 
     Args:
         folder: that of `.metadata`.
+        passed_over: names of tensors that are counted among what is left out, and not looked into.
         trust_pickle: read past names in `common.pt` that are not known to be harmless; nothing is run all the same.
 
     Raises:
@@ -120,6 +123,11 @@ def open_torch_dist(folder: Path, *, trust_pickle: bool = False) -> TorchDist:
             if "chunks" not in (entry.state or {}):
                 objects.append(name)
                 left_out += int(stored[name, None]["length"])
+                continue
+            if passed_over(name):
+                left_out += sum(
+                    int(stored[name, _tuple(chunk.state["offsets"])]["length"]) for chunk in entry.state["chunks"]
+                )
                 continue
             chunks = []
             for chunk in entry.state["chunks"]:

@@ -42,6 +42,9 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16, float16 or fp8-block128; each tensor's own if absent, FP8 to bfloat16"),
 ]
+FloatDtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; each tensor's own if absent, FP8 to bfloat16")
+]
 KeepFp8 = Annotated[
     bool, typer.Option("--keep-fp8", help="move FP8 weights and their scales as they are, byte for byte")
 ]
@@ -400,7 +403,18 @@ VocabSize = Annotated[
     int | None, typer.Option(help="tokens of the vocabulary, where SRC's args have only the padded size")
 ]
 ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="a config.json, or a Hugging Face directory, for what SRC's args lack")
+    Path | None,
+    typer.Option(
+        "--config",
+        help="a Hugging Face directory, or its config.json: for what SRC's args lack, and for the tokenizer and other "
+        "files beside it; SRC's `hf` folder if absent",
+    ),
+]
+Replica = Annotated[
+    str | None,
+    typer.Option(
+        help="what stands for a tensor whose copies on several ranks differ: first or mean; refused if absent"
+    ),
 ]
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="read past unknown names in SRC's pickles; nothing is run all the same")
@@ -418,6 +432,10 @@ def _show(run: Callable[..., Any], json: bool, quiet: bool, dry_run: bool) -> No
     output.result(found.to_dict(), render.report(found, dry_run=dry_run))
 
 
+Grouped = Annotated[
+    bool, typer.Option("--moe-grouped-gemm", help="name experts as Transformer Engine's grouped matrix product does")
+]
+Implementation = Annotated[str, typer.Option(help="whose parameter names to write: transformer_engine or local")]
 Format = Annotated[
     str, typer.Option("--format", help="torch (a file a rank) or torch_dist (global tensors, for any grid)")
 ]
@@ -437,17 +455,12 @@ def split(
     layout: Layout = None,
     ep: Ep = 1,
     etp: Etp = None,
-    grouped: Annotated[
-        bool,
-        typer.Option("--moe-grouped-gemm", help="name experts as Transformer Engine's grouped matrix product does"),
-    ] = False,
+    grouped: Grouped = False,
     divisible_by: Divisible = 128,
-    transformer_impl: Annotated[
-        str, typer.Option(help="whose parameter names to write: transformer_engine or local")
-    ] = "transformer_engine",
+    transformer_impl: Implementation = "transformer_engine",
     format: Format = "torch",
     iteration: Annotated[int | None, typer.Option(help="write as this iteration; as `release` if absent")] = None,
-    dtype: Dtype = None,
+    dtype: FloatDtype = None,
     spec_file: SpecFile = None,
     verify: Verify = "logits",
     device: Device = "auto",
@@ -488,7 +501,8 @@ def merge(
     vocab_size: VocabSize = None,
     config: ConfigFile = None,
     trust_pickle: TrustPickle = False,
-    dtype: Dtype = None,
+    replica: Replica = None,
+    dtype: FloatDtype = None,
     max_shard_size: ShardSize = "5GB",
     spec_file: SpecFile = None,
     verify: Verify = "logits",
@@ -509,8 +523,8 @@ def merge(
 
     run = partial(
         merge_checkpoint, source, destination, to=to, iteration=iteration, vocab_size=vocab_size, config=config,
-        trust_pickle=trust_pickle, dtype=dtype, max_shard_size=max_shard_size, spec_file=spec_file, verify=verify,
-        device=device, load=load, workers=workers, overwrite=overwrite, resume=resume, sync=sync,
+        trust_pickle=trust_pickle, replica=replica, dtype=dtype, max_shard_size=max_shard_size, spec_file=spec_file,
+        verify=verify, device=device, load=load, workers=workers, overwrite=overwrite, resume=resume, sync=sync,
     )  # fmt: skip
     _show(run, json, quiet, dry_run)
 
@@ -542,6 +556,7 @@ def reshard(
     vocab_size: VocabSize = None,
     config: ConfigFile = None,
     trust_pickle: TrustPickle = False,
+    replica: Replica = None,
     verify: Verify = "logits",
     device: Device = "auto",
     load: Load = "auto",
@@ -562,8 +577,8 @@ def reshard(
     grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout, ep, etp)
     run = partial(
         reshard_checkpoint, source, destination, grid, fmt=format, transformer_impl=transformer_impl, grouped=grouped,
-        divisible_by=divisible_by, iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle, verify=verify,
-        device=device, load=load, workers=workers, overwrite=overwrite, resume=resume, sync=sync,
+        divisible_by=divisible_by, iteration=iteration, vocab_size=vocab_size, config=config, trust_pickle=trust_pickle,
+        replica=replica, verify=verify, device=device, load=load, workers=workers, overwrite=overwrite, resume=resume, sync=sync,
     )  # fmt: skip
     _show(run, json, quiet, dry_run)
 
@@ -581,17 +596,24 @@ def megatron_args(
     layout: Layout = None,
     ep: Ep = 1,
     etp: Etp = None,
+    grouped: Grouped = False,
     divisible_by: Divisible = 128,
+    transformer_impl: Implementation = "transformer_engine",
+    format: Format = "torch",
+    dtype: FloatDtype = None,
     spec_file: SpecFile = None,
     json: Json = False,
 ) -> None:
-    """Print Megatron-LM's options for a Hugging Face checkpoint, to train it on a grid."""
+    """Print Megatron-LM's options for a Hugging Face checkpoint, as `split` would write them."""
     from llmconvert.converters.megatron import arguments
     from llmconvert.converters.megatron.grid import Grid
-    from llmconvert.converters.megatron.split import plan_split
+    from llmconvert.converters.megatron.split import arguments_for
 
     grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout, ep, etp)
-    args = plan_split(source, grid, fmt="torch_dist", divisible_by=divisible_by, spec_file=spec_file).args
+    args = arguments_for(
+        source, grid, fmt=format, transformer_impl=transformer_impl, grouped=grouped, divisible_by=divisible_by,
+        dtype=dtype, spec_file=spec_file,
+    )  # fmt: skip
     value = {"args": args, "flags": arguments.flags(args)}
     Output(json_mode=json).result(value, arguments.script(args, "DIR").rstrip())
 

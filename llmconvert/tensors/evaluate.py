@@ -32,6 +32,7 @@ from llmconvert.tensors.expressions import (
     Fill,
     Gather,
     Interleave,
+    Mean,
     NormalizeRows,
     Quantize,
     Rows,
@@ -159,6 +160,13 @@ def _arithmetic(expression: Expression, operand: Expression, block: Block) -> Bl
             if infinite is not None and bool(infinite.any()) and bool((infinite & ~value.isinf()).any()):
                 raise _overflow(operand, expression.dtype)
     return _from_torch(result, expression.dtype)
+
+
+def _mean(blocks: list[Block], dtype: str) -> Block:
+    import torch
+
+    total = torch.stack([to_torch(np.ascontiguousarray(block), dtype).double() for block in blocks]).mean(0)
+    return _from_torch(total.to(getattr(torch, TO_NAME[dtype])), dtype)
 
 
 def _e4m3(block: Block) -> torch.Tensor:
@@ -320,6 +328,8 @@ def evaluate(expression: Expression, start: int, stop: int, reader: Reader) -> B
             return evaluate(operand, first + start, first + stop, reader)
         case Columns(operand=operand, start=first):
             return evaluate(operand, start, stop, reader)[:, first : first + expression.shape[1]]
+        case Mean(parts=parts):
+            return _mean([evaluate(part, start, stop, reader) for part in parts], expression.dtype)
         case Beside(parts=parts):
             return np.concatenate([evaluate(part, start, stop, reader) for part in parts], axis=1)
         case Concat() | Interleave():

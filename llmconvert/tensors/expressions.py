@@ -191,6 +191,18 @@ class Concat(Expression):
 
 
 @dataclass(frozen=True)
+class Mean(Expression):
+    """The mean of tensors of one shape, summed in float64."""
+
+    parts: tuple[Expression, ...]
+
+    @property
+    def operands(self) -> tuple[Expression, ...]:
+        """The parts."""
+        return self.parts
+
+
+@dataclass(frozen=True)
 class Beside(Expression):
     """Operands side by side along axis 1."""
 
@@ -297,6 +309,18 @@ def concat(parts: Sequence[Expression]) -> Expression:
     return Concat((sum(part.rows for part in parts), *first.shape[1:]), first.dtype, tuple(parts))
 
 
+def mean(parts: Sequence[Expression]) -> Expression:
+    """The mean of tensors, in their dtype.
+
+    Raises:
+        ValueError: they differ in dtype or shape.
+    """
+    first = parts[0]
+    if any(part.shape != first.shape or part.dtype != first.dtype for part in parts):
+        raise ValueError(f"there is no mean of {[(part.dtype, part.shape) for part in parts]}")
+    return first if len(parts) == 1 else Mean(first.shape, first.dtype, tuple(parts))
+
+
 def beside(parts: Sequence[Expression]) -> Expression:
     """Put matrices side by side along axis 1.
 
@@ -343,12 +367,18 @@ def normalize_rows(operand: Expression) -> Expression:
     return NormalizeRows(operand.shape, operand.dtype, operand)
 
 
+WIDENS = frozenset({("BF16", "F32"), ("BF16", "F64"), ("F16", "F32"), ("F16", "F64"), ("F32", "F64")})
+"""Casts that round nothing."""
+
+
 def cast(operand: Expression, dtype: str) -> Expression:
     """The operand in another float type."""
     if operand.dtype == dtype:
         return operand
     if isinstance(operand, Fill):
         return Fill(operand.shape, dtype, operand.value)
+    if isinstance(operand, Cast) and (operand.operand.dtype, operand.dtype) in WIDENS:
+        return cast(operand.operand, dtype)
     return Cast(operand.shape, dtype, operand)
 
 
@@ -402,7 +432,7 @@ def sources(expression: Expression) -> Iterator[StoredTensor]:
 def computes(expression: Expression) -> bool:
     """Whether evaluating needs arithmetic (and so torch) rather than moving bytes."""
     return any(
-        isinstance(node, Scale | Shift | NormalizeRows | Cast | Dequantize | Quantize | BlockScales)
+        isinstance(node, Scale | Shift | NormalizeRows | Mean | Cast | Dequantize | Quantize | BlockScales)
         or (isinstance(node, Fill) and node.value != 0.0)
         for node in walk(expression)
     )
