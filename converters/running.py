@@ -17,7 +17,11 @@ from llmconvert.engine.plan import Plan
 from llmconvert.engine.processes import leave, rank, size, together
 from llmconvert.engine.publish import publish
 from llmconvert.errors import InputOutput, ProofFailed
+from llmconvert.verify.loading import prove_loads, prove_plan
 from llmconvert.verify.roundtrip import Pair, RoundTrip, compare
+
+_LONG = 1 << 30
+"""Above so many bytes, what can be proved beforehand is proved then too: nobody waits an hour to hear of it."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, its bytes done so far and its bytes in all."""
@@ -43,6 +47,7 @@ class Report:
     disk_needed: int = 0
     published: bool = False
     roundtrip: dict[str, Any] | None = None
+    loading: str | None = None
     logits: dict[str, Any] | None = None
     failure: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -83,6 +88,8 @@ def run(
 
     def begin() -> None:
         if rank() == 0:
+            if proving.verify != NONE and total > _LONG and "config.json" in plan.texts:
+                prove_plan(plan)
             spaces.append(Workspace(destination, plan.identity, resume=resume, restart=overwrite))
             _check_space(plan, spaces[0])
             Executor(plan, spaces[0], workers, lambda count: None).prepare()
@@ -147,6 +154,12 @@ def _prove(
             write_record(space.path, replace(report, failure=error.what).to_dict())
             raise
         _check_written(checksums, plan)
+        if "config.json" in plan.texts:
+            try:
+                report = replace(report, loading=prove_loads(space.path))
+            except ProofFailed as error:
+                write_record(space.path, replace(report, failure=error.what).to_dict())
+                raise
     (space.path / manifest.MANIFEST).write_bytes(manifest.build(plan, checksums, found.source_digests if found else {}))
     trip = None if found is None else {k: v for k, v in asdict(found).items() if k != "source_digests"}
     report = replace(report, roundtrip=trip)

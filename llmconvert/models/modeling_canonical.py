@@ -140,6 +140,21 @@ class CanonicalModelConfig(PretrainedConfig):
         """The config as JSON."""
         return {"layer_types": None, **super().to_dict()}
 
+    def with_layers(self, layers: Sequence[int]) -> CanonicalModelConfig:
+        """The config of a model that has some of this one's layers alone.
+
+        Args:
+            layers: their numbers, ascending; from `num_hidden_layers` on they predict further tokens.
+        """
+        kept = [layer for layer in layers if layer < self.num_hidden_layers]
+        said = {
+            **self.to_dict(), "num_hidden_layers": len(kept), "num_nextn_predict_layers": len(layers) - len(kept),
+            "moe_layers": [self.has_experts(layer) for layer in kept] or [self.has_experts(self.num_hidden_layers)],
+        }  # fmt: skip
+        if said["layer_types"] is not None:
+            said["layer_types"] = [said["layer_types"][layer] for layer in kept] or said["layer_types"][-1:]
+        return type(self)(**said)
+
     def has_experts(self, layer: int) -> bool:
         """Whether a layer is a mixture of experts."""
         return self.num_experts > 0 and bool(self.moe_layers[min(layer, self.num_hidden_layers - 1)])
