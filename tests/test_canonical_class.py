@@ -216,6 +216,31 @@ def test_token_classification_is_llamas(tmp_path: Path) -> None:
     assert transformers.AutoModelForTokenClassification.from_pretrained(tmp_path / "same").score.bias is not None
 
 
+@pytest.mark.parametrize("arch", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_the_balancing_loss_of_experts_is_the_sources(arch: str, tmp_path: Path) -> None:
+    source, canonical = _pair(arch, tmp_path, router_aux_loss_coef=0.5)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager").train()
+    mine = _auto(canonical, attn_implementation="eager").train()
+    ids, mask = _ids(), torch.ones(2, 17, dtype=torch.int64)
+    mask[1, 12:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    plain = mine(ids, attention_mask=mask, labels=labels).loss
+    mine.gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    for model in (theirs, mine):
+        model.config.output_router_logits = True
+        out = model(ids, attention_mask=mask, labels=labels, use_cache=False)
+        out.loss.backward()
+        found.append(out)
+    assert len(found[0].router_logits) == len(found[1].router_logits)
+    assert torch.allclose(found[0].aux_loss, found[1].aux_loss, rtol=1e-4)
+    assert torch.allclose(found[0].loss, found[1].loss, rtol=1e-5) and found[1].loss - plain > 0.1
+    gates = [{n: p.grad for n, p in model.named_parameters() if n.endswith("gate.weight")} for model in (theirs, mine)]
+    pairs = list(zip(gates[0].values(), gates[1].values(), strict=True))
+    assert pairs and all(torch.allclose(a, b, atol=1e-4 * a.abs().max()) for a, b in pairs)
+    assert not hasattr(mine.model.layers[0].mlp.gate, "recorded"), "nothing is held on to"
+
+
 # What else replaces modules or reads them.
 
 

@@ -26,6 +26,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
@@ -33,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm, eager_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
 
 logger = logging.get_logger(__name__)
@@ -427,6 +430,7 @@ class CanonicalRouter(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.recording = False  # keep the logits of the next call, as `recorded`
         if config.router_bias:
             self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
@@ -434,6 +438,8 @@ class CanonicalRouter(nn.Module):
         """The chosen experts' numbers and weights, [tokens, num_experts_per_tok], for [tokens, hidden]."""
         c = self.config
         logits = functional.linear(x.float(), self.weight.float())
+        if self.recording:
+            self.recorded = logits
         scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
         choice = scores + self.e_score_correction_bias if c.router_bias else scores
         if c.topk_method != "greedy" and c.n_group > 1:
@@ -778,8 +784,9 @@ class CanonicalModel(CanonicalPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool = False,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
         """As LlamaModel's.
 
         Args:
@@ -791,6 +798,7 @@ class CanonicalModel(CanonicalPreTrainedModel):
             use_cache: give a cache back.
             output_hidden_states: give the residual stream before each layer, and the last after the norm.
             output_attentions: give the attention weights; eager attention alone has them.
+            output_router_logits: give every router's logits, float32 [tokens, num_experts].
             kwargs: go to the attention implementation.
 
         Raises:
@@ -822,6 +830,10 @@ class CanonicalModel(CanonicalPreTrainedModel):
                 layer.self_attn.register_forward_hook(lambda _, __, out: weights.append(out[1]))
                 for layer in self.layers[: config.num_hidden_layers]
             ]
+        mixed = [i for i in range(config.num_hidden_layers) if output_router_logits and config.has_experts(i)]
+        routers = [self.layers[i].mlp.gate for i in mixed]
+        for router in routers:
+            router.recording = True
         for i, layer in enumerate(self.layers[: config.num_hidden_layers]):
             streams.append(hidden)
             hidden = layer(
@@ -835,12 +847,18 @@ class CanonicalModel(CanonicalPreTrainedModel):
         for hook in hooks:
             hook.remove()
         hidden = self.norm(hidden)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*streams, hidden) if output_hidden_states else None,
-            attentions=tuple(weights) if output_attentions else None,
-        )
+        found = {
+            "last_hidden_state": hidden,
+            "past_key_values": past_key_values if use_cache else None,
+            "hidden_states": (*streams, hidden) if output_hidden_states else None,
+            "attentions": tuple(weights) if output_attentions else None,
+        }
+        if not output_router_logits:
+            return BaseModelOutputWithPast(**found)
+        for router in routers:
+            router.recording = False
+        logits = tuple(router.__dict__.pop("recorded") for router in routers)
+        return MoeModelOutputWithPast(**found, router_logits=logits)
 
 
 class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
@@ -879,9 +897,10 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """As LlamaForCausalLM's: logits [batch, tokens, vocabulary], and with `labels` [batch, tokens] the loss.
 
         Args:
@@ -894,9 +913,16 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
             use_cache: see there.
             output_hidden_states: see there.
             output_attentions: see there.
+            output_router_logits: see there; the loss then has the load-balancing loss of Mixtral's class, times the
+                config's `router_aux_loss_coef`. If None, as the config says, where it comes from one that says it.
             logits_to_keep: of so many last tokens (0: all), or at these positions.
             kwargs: go to the decoder and to the loss.
         """
+        if output_router_logits is None:
+            output_router_logits = getattr(self.config, "output_router_logits", None)
+        balanced = bool(output_router_logits) and any(
+            map(self.config.has_experts, range(self.config.num_hidden_layers))
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -906,6 +932,7 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_router_logits=balanced,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -918,13 +945,21 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        found = {
+            "loss": loss,
+            "logits": logits,
+            "past_key_values": outputs.past_key_values,
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+        }
+        if not balanced:
+            return CausalLMOutputWithPast(**found)
+        auxiliary = load_balancing_loss_func(
+            outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, attention_mask
         )
+        if loss is not None:
+            found["loss"] = loss + getattr(self.config, "router_aux_loss_coef", 0.0) * auxiliary.to(loss.device)
+        return MoeCausalLMOutputWithPast(**found, aux_loss=auxiliary, router_logits=outputs.router_logits)
 
     def stream_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, giving tokens and text as they come: see `llmconvert.models.streaming.stream_generate`."""
