@@ -20,7 +20,11 @@ from llmconvert.engine.processes import leave, rank, size, together
 from llmconvert.engine.publish import publish
 from llmconvert.engine.tree import writing
 from llmconvert.errors import BadInput, LlmconvertError, ProofFailed, Refused, Usage
+from llmconvert.verify.loading import prove_loads, prove_plan
 from llmconvert.verify.roundtrip import Pair, RoundTrip, compare
+
+_LONG = 1 << 30
+"""Above so many bytes, what can be proved beforehand is proved then too: nobody waits an hour to hear of it."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage's name, its bytes done so far and its bytes in all."""
@@ -50,6 +54,7 @@ class Report:
     published: bool = False
     unchanged: bool = False
     roundtrip: dict[str, Any] | None = None
+    loading: str | None = None
     logits: dict[str, Any] | None = None
     tokenizer: dict[str, Any] | None = None
     failure: str | None = None
@@ -104,6 +109,8 @@ def run(
         if space.occupied:
             return "", _with_rest(_finished(plan, destination, report, proving, workers, progress), space)
         with _discarding(space, _ANY if not space.done else ()):
+            if proving.verify != NONE and total > _LONG and "config.json" in plan.texts:
+                prove_plan(plan)
             _check_space(plan, space)
             small.update(Executor(plan, space, workers, lambda count: None).prepare())
             ready(space.path)
@@ -214,7 +221,8 @@ def _finished(
         )  # fmt: skip
     return replace(
         report, published=True, unchanged=True,
-        roundtrip=record.get("roundtrip"), logits=record.get("logits"), tokenizer=record.get("tokenizer"),
+        roundtrip=record.get("roundtrip"), loading=record.get("loading"), logits=record.get("logits"),
+        tokenizer=record.get("tokenizer"),
     )  # fmt: skip
 
 
@@ -237,12 +245,14 @@ def _prove(
             compared = _read_back(pairs, space)
             amount = sum(pair.source.nbytes for pair in compared)
             found = compare(compared, workers, _stage(progress, "verify", amount))
+            _check_written(checksums, plan)
+            if "config.json" in plan.texts:
+                report = replace(report, loading=prove_loads(space.path))
         except ProofFailed as error:
             with writing(space.path):
                 space.forget()  # or a fault of the moment would be taken up again by every `--resume`
                 write_record(space.tree, replace(report, failure=error.what).to_dict())
             raise
-        _check_written(checksums, plan)
     trip = None if found is None else {k: v for k, v in asdict(found).items() if k != "source_digests"}
     report = replace(report, roundtrip=trip)
     if proving.verify == LOGITS:

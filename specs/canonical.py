@@ -65,6 +65,7 @@ SPEC = Spec(
             "AutoModel": "modeling_canonical.CanonicalModel",
             "AutoModelForCausalLM": "modeling_canonical.CanonicalForCausalLM",
             "AutoModelForSequenceClassification": "modeling_canonical.CanonicalForRewardModel",
+            "AutoModelForTokenClassification": "modeling_canonical.CanonicalForTokenClassification",
         }
     },
     code=("modeling_canonical.py",),

@@ -233,16 +233,21 @@ def test_help_needs_nothing_heavy() -> None:
         assert "HEAVY []" in done.stdout
 
 
-def test_a_byte_move_needs_no_torch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_byte_move_needs_no_torch(installed: bool, tmp_path: Path) -> None:
+    """Where it is, the one proof that runs it is of the result's class; where it is not, that is said."""
     source = checkpoints.make("internlm2", tmp_path / "src", dtype=torch.bfloat16)
+    verify = "none" if installed else "weights"
     code = (
-        "import sys\nfrom llmconvert.cli.app import main\n"
-        f"try: main(['internlm2-to-llama', {str(source)!r}, {str(tmp_path / 'dst')!r}, '--verify', 'weights'])\n"
+        f"import sys\nsys.modules |= dict() if {installed} else dict.fromkeys(['torch', 'transformers'])\n"
+        "from llmconvert.cli.app import main\n"
+        f"try: main(['internlm2-to-llama', {str(source)!r}, {str(tmp_path / 'dst')!r}, '--verify', {verify!r}])\n"
         "except SystemExit as e: print(e.code)\n"
-        "print('torch' in sys.modules)"
+        "print(bool(sys.modules.get('torch')))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.endswith("0\nFalse\n"), done.stdout + done.stderr
+    assert installed or "not loaded: torch and transformers are not installed" in done.stdout + done.stderr
 
 
 def _relabelled(directory: Path) -> Path:

@@ -63,6 +63,8 @@ def report(found: Report, *, dry_run: bool) -> str:
         if trip["one_way"]:
             parts.append(f"{trip['one_way']} cannot come back and were recomputed")
         lines.append("  proof     " + ", ".join(parts))
+        if found.loading is not None:
+            lines.append(f"  loading   {found.loading}")
         if found.logits is not None:
             lines.append(f"  logits    {found.logits['reason']}")
         if found.tokenizer is not None:

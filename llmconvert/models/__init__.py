@@ -11,16 +11,30 @@ if TYPE_CHECKING:
     from llmconvert.models.modeling_canonical import (
         CanonicalForCausalLM,
         CanonicalForRewardModel,
+        CanonicalForTokenClassification,
         CanonicalModel,
         CanonicalModelConfig,
     )
 
-__all__ = ["CanonicalForCausalLM", "CanonicalForRewardModel", "CanonicalModel", "CanonicalModelConfig", "register"]
+__all__ = [
+    "CanonicalForCausalLM",
+    "CanonicalForRewardModel",
+    "CanonicalForTokenClassification",
+    "CanonicalModel",
+    "CanonicalModelConfig",
+    "register",
+]
 
 
 def register() -> None:
     """Make the Auto classes of transformers know `model_type: llmconvert`; done once, however often it is called."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
 
     from llmconvert.models import modeling_canonical as canonical
 
@@ -29,6 +43,7 @@ def register() -> None:
         (AutoModel, canonical.CanonicalModel),
         (AutoModelForCausalLM, canonical.CanonicalForCausalLM),
         (AutoModelForSequenceClassification, canonical.CanonicalForRewardModel),
+        (AutoModelForTokenClassification, canonical.CanonicalForTokenClassification),
     ):
         auto.register(canonical.CanonicalModelConfig, cls, exist_ok=True)
 

@@ -26,11 +26,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
     SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm, eager_attention_forward
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, rotate_half
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import can_return_tuple, is_flash_attn_2_available, logging
 
 logger = logging.get_logger(__name__)
@@ -129,9 +134,29 @@ class CanonicalModelConfig(PretrainedConfig):
         kind = rope.pop("type", None) or "default"
         self.rope_parameters = {"rope_theta": theta, "rope_type": kind, **rope}
 
+    @property
+    def logit_scale(self) -> float:
+        """What logits are multiplied by; engines that bring a head of their own (vLLM, TRL) read it here."""
+        return 1.0 / self.logits_scaling
+
     def to_dict(self) -> dict[str, Any]:
         """The config as JSON."""
         return {"layer_types": None, **super().to_dict()}
+
+    def with_layers(self, layers: Sequence[int]) -> CanonicalModelConfig:
+        """The config of a model that has some of this one's layers alone.
+
+        Args:
+            layers: their numbers, ascending; from `num_hidden_layers` on they predict further tokens.
+        """
+        kept = [layer for layer in layers if layer < self.num_hidden_layers]
+        said = {
+            **self.to_dict(), "num_hidden_layers": len(kept), "num_nextn_predict_layers": len(layers) - len(kept),
+            "moe_layers": [self.has_experts(layer) for layer in kept] or [self.has_experts(self.num_hidden_layers)],
+        }  # fmt: skip
+        if said["layer_types"] is not None:
+            said["layer_types"] = [said["layer_types"][layer] for layer in kept] or said["layer_types"][-1:]
+        return type(self)(**said)
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer is a mixture of experts."""
@@ -173,6 +198,33 @@ def choose_attention(config: CanonicalModelConfig, dtype: torch.dtype, device: t
     return "sdpa", why
 
 
+def check_attention(config: CanonicalModelConfig, implementation: Any) -> None:
+    """Check that an attention implementation computes a model, before one is run that computes something else.
+
+    Args:
+        config: of the model.
+        implementation: its name in transformers, or a dictionary with it under "", or None for transformers' choice.
+
+    Raises:
+        ValueError: it does not, and why.
+    """
+    name = implementation.get("") if isinstance(implementation, dict) else implementation
+    if name is None:
+        return
+    # Those that add the biases a mask has to the scores, and all those of transformers and llmconvert.
+    biased = name in ("eager", "sdpa") or name.startswith("sequence_parallel")
+    known = biased or name.removeprefix("paged|") in ("eager", "sdpa", "flex_attention") or "flash" in name
+    if config.alibi and not biased:
+        raise ValueError(f"{name} has no biases on attention scores, which ALiBi needs: use sdpa or eager")
+    if config.attn_logit_softcapping is not None and name.endswith("sdpa"):
+        raise ValueError(f"{name} has no soft cap on attention scores, which this model has: use eager")
+    if config.norm_head and not known:
+        raise ValueError(
+            f"{name} is of an engine that computes logits by itself, without the NormHead this model has: "
+            "`llmconvert convert SRC DST --to llama` folds it into the weights where that can be"
+        )
+
+
 def alibi_slopes(heads: int) -> Tensor:
     """ALiBi's slopes, float32 [heads]: 2^(-8k/n) for a power of two, interpolated otherwise (Press et al., 2021)."""
     power = 1 << (heads.bit_length() - 1)
@@ -192,8 +244,10 @@ class CanonicalRotaryEmbedding(LlamaRotaryEmbedding):
         """Of a config; rescaling is transformers' own."""
         scaling = {k: v for k, v in config.rope_parameters.items() if k != "rope_theta"}
         llama = LlamaConfig(
-            hidden_size=config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
+            # One head of the rotated dimensions: nothing else of the shape is read, and widths that are no multiple of
+            # the number of heads are refused.
+            hidden_size=config.rotary_dim,
+            num_attention_heads=1,
             head_dim=config.rotary_dim,
             max_position_embeddings=config.max_position_embeddings,
             rope_theta=config.rope_parameters["rope_theta"],
@@ -323,8 +377,12 @@ class CanonicalAttention(nn.Module):
         project = self._expanded if self.latent else self._grouped
         q, k, v = project(hidden_states, position_embeddings, past_key_values)
         name = self.config._attn_implementation
-        attend = eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-        padding = self.head_dim - self.value_dim if name.startswith("flash") else 0
+        # Looked up in the body and called once: by that engines with an attention of their own (vLLM) know the module.
+        if _FIVE:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get(name, eager_attention_forward)
+        padding = self.head_dim - self.value_dim if "flash" in name else 0
         if padding > 0:
             v = functional.pad(v, (0, padding))
         mixed, weights = attend(
@@ -361,13 +419,18 @@ class CanonicalMLP(nn.Module):
         return hidden
 
 
-class CanonicalRouter(nn.Linear):
-    """Which experts each token goes to, and their weights; float32 throughout."""
+class CanonicalRouter(nn.Module):
+    """Which experts each token goes to, and their weights; float32 throughout.
+
+    No nn.Linear, which adapters and quantisers would replace: what it gives is not a linear map's.
+    """
 
     def __init__(self, config: CanonicalModelConfig) -> None:
         """Of a layer."""
-        super().__init__(config.hidden_size, config.num_experts, bias=False)
+        super().__init__()
         self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.recording = False  # keep the logits of the next call, as `recorded`
         if config.router_bias:
             self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
@@ -375,6 +438,8 @@ class CanonicalRouter(nn.Linear):
         """The chosen experts' numbers and weights, [tokens, num_experts_per_tok], for [tokens, hidden]."""
         c = self.config
         logits = functional.linear(x.float(), self.weight.float())
+        if self.recording:
+            self.recorded = logits
         scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
         choice = scores + self.e_score_correction_bias if c.router_bias else scores
         if c.topk_method != "greedy" and c.n_group > 1:
@@ -470,17 +535,46 @@ class CanonicalDecoderLayer(GradientCheckpointingLayer):
         return branch if self.residual_multiplier == 1.0 else branch * self.residual_multiplier
 
 
-class CanonicalHead(nn.Linear):
-    """The output embedding; with NormHead its rows are scaled to unit length before use (Baichuan 2, section 2.5)."""
+class CanonicalEmbedding(nn.Embedding):
+    """The input embedding; where its vectors are scaled, that is part of it, as in Gemma."""
 
     def __init__(self, config: CanonicalModelConfig) -> None:
-        """Without a bias."""
-        super().__init__(config.hidden_size, config.vocab_size, bias=False)
-        self.norm_head = config.norm_head
+        """Of a vocabulary."""
+        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.multiplier, self.rounded = config.embedding_multiplier, config.embedding_multiplier_rounded
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Vectors, [..., hidden] for ids [...]."""
+        vectors = super().forward(input_ids)
+        if self.multiplier == 1.0:
+            return vectors
+        if self.rounded:
+            return vectors * torch.tensor(self.multiplier, dtype=vectors.dtype, device=vectors.device)
+        return vectors * self.multiplier
+
+
+class CanonicalNormHead(nn.Module):
+    """The output embedding with its rows scaled to unit length before use (Baichuan 2, section 2.5).
+
+    No nn.Linear, and without the bias one has: what would take its weight for the matrix that makes logits (a fused
+    head, an adapter, a larger vocabulary in a new nn.Linear) comes to an error.
+    """
+
+    def __init__(self, config: CanonicalModelConfig) -> None:
+        """Of a vocabulary."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "bias":
+            raise AttributeError(
+                "a NormHead has no `bias`: its weight is scaled row by row before use, and is no linear map's"
+            )
+        return super().__getattr__(name)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits, [..., vocabulary]."""
-        return functional.linear(hidden_states, functional.normalize(self.weight) if self.norm_head else self.weight)
+        return functional.linear(hidden_states, functional.normalize(self.weight))
 
 
 class CanonicalPreTrainedModel(PreTrainedModel):
@@ -500,12 +594,20 @@ class CanonicalPreTrainedModel(PreTrainedModel):
         self._supports_flash_attn = self._supports_flex_attn = not config.alibi
         self._supports_sdpa = config.attn_logit_softcapping is None
         self._keep_in_fp32_modules_strict = ["e_score_correction_bias"] if config.router_bias else []
+        check_attention(config, config._attn_implementation)
         super().__init__(config, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, Gemma2RMSNorm):
             nn.init.zeros_(module.weight)
+        elif isinstance(module, CanonicalRouter | CanonicalNormHead):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers'; what would compute something else is refused."""
+        check_attention(self.config, attn_implementation)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -519,7 +621,8 @@ class CanonicalPreTrainedModel(PreTrainedModel):
             name_or_path: a directory or hub id.
             args: as transformers'.
             devices: spread the layers over these (numbers of CUDA devices, or anything torch takes for a device).
-            kwargs: as transformers'. `attn_implementation`: chosen by `choose_attention` where absent.
+            kwargs: as transformers'. `attn_implementation`: chosen by `choose_attention` where neither it nor the
+                config's is given.
         """
         config = kwargs.get("config")
         if not isinstance(config, PretrainedConfig):
@@ -531,18 +634,15 @@ class CanonicalPreTrainedModel(PreTrainedModel):
                     "`llmconvert convert SRC DST --to canonical` first"
                 )
             config = CanonicalModelConfig.from_dict(found)
-        asked = str(kwargs.get("attn_implementation"))
-        if asked == "sdpa" and config.attn_logit_softcapping is not None:
-            raise ValueError("sdpa has no soft cap on attention scores, which this model has: use eager")
-        if asked.startswith("flash") and config.alibi:
-            raise ValueError(f"{asked} has no biases on attention scores, which ALiBi needs: use sdpa or eager")
         if devices is not None:
             with torch.device("meta"):
                 empty = cls(config)
             kwargs["device_map"] = _companion("llmconvert.models.devices").layer_device_map(empty, devices)
-        if kwargs.get("attn_implementation") is None:
-            dtype = kwargs.get("dtype", kwargs.get("torch_dtype")) or getattr(config, "dtype", None) or torch.float32
-            dtype = getattr(torch, dtype, torch.bfloat16) if isinstance(dtype, str) else dtype
+        # The Auto classes put what they are asked for into the config they make.
+        if kwargs.get("attn_implementation") is None and config._attn_implementation is None:
+            dtype = kwargs.get("dtype", kwargs.get("torch_dtype", "auto" if _FIVE else None))
+            dtype = getattr(config, "dtype", None) if dtype == "auto" else dtype
+            dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
             kwargs["attn_implementation"], why = choose_attention(
                 config, dtype, _first_device(kwargs.get("device_map"))
             )
@@ -607,7 +707,7 @@ class CanonicalModel(CanonicalPreTrainedModel):
     def __init__(self, config: CanonicalModelConfig) -> None:
         """With weights drawn at random, unless on the meta device."""
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = CanonicalEmbedding(config)
         layers = config.num_hidden_layers + config.num_nextn_predict_layers
         self.layers = nn.ModuleList(CanonicalDecoderLayer(config, i) for i in range(layers))
         self.norm = _norm(config, config.hidden_size)
@@ -684,8 +784,9 @@ class CanonicalModel(CanonicalPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool = False,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | MoeModelOutputWithPast:
         """As LlamaModel's.
 
         Args:
@@ -693,10 +794,11 @@ class CanonicalModel(CanonicalPreTrainedModel):
             attention_mask: [batch, tokens so far], 0 at padding; or a mask of four axes.
             position_ids: [batch, tokens]; where they start again, so does a sequence packed into the row.
             past_key_values: the cache.
-            inputs_embeds: [batch, tokens, hidden], in place of ids.
+            inputs_embeds: [batch, tokens, hidden], in place of ids: what the embedding gives, scaled where it scales.
             use_cache: give a cache back.
             output_hidden_states: give the residual stream before each layer, and the last after the norm.
             output_attentions: give the attention weights; eager attention alone has them.
+            output_router_logits: give every router's logits, float32 [tokens, num_experts].
             kwargs: go to the attention implementation.
 
         Raises:
@@ -718,7 +820,7 @@ class CanonicalModel(CanonicalPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
         masks = self._masks(embeds, attention_mask, past_key_values, position_ids, past)
-        hidden = self._scaled(embeds)
+        hidden = embeds
         rotation = None if config.alibi else self.rotary_emb(hidden, position_ids)
         streams: list[Tensor] = []
         weights: list[Tensor] = []
@@ -728,6 +830,10 @@ class CanonicalModel(CanonicalPreTrainedModel):
                 layer.self_attn.register_forward_hook(lambda _, __, out: weights.append(out[1]))
                 for layer in self.layers[: config.num_hidden_layers]
             ]
+        mixed = [i for i in range(config.num_hidden_layers) if output_router_logits and config.has_experts(i)]
+        routers = [self.layers[i].mlp.gate for i in mixed]
+        for router in routers:
+            router.recording = True
         for i, layer in enumerate(self.layers[: config.num_hidden_layers]):
             streams.append(hidden)
             hidden = layer(
@@ -741,20 +847,18 @@ class CanonicalModel(CanonicalPreTrainedModel):
         for hook in hooks:
             hook.remove()
         hidden = self.norm(hidden)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=(*streams, hidden) if output_hidden_states else None,
-            attentions=tuple(weights) if output_attentions else None,
-        )
-
-    def _scaled(self, embeds: Tensor) -> Tensor:
-        factor = self.config.embedding_multiplier
-        if factor == 1.0:
-            return embeds
-        if self.config.embedding_multiplier_rounded:
-            return embeds * torch.tensor(factor, dtype=embeds.dtype, device=embeds.device)
-        return embeds * factor
+        found = {
+            "last_hidden_state": hidden,
+            "past_key_values": past_key_values if use_cache else None,
+            "hidden_states": (*streams, hidden) if output_hidden_states else None,
+            "attentions": tuple(weights) if output_attentions else None,
+        }
+        if not output_router_logits:
+            return BaseModelOutputWithPast(**found)
+        for router in routers:
+            router.recording = False
+        logits = tuple(router.__dict__.pop("recorded") for router in routers)
+        return MoeModelOutputWithPast(**found, router_logits=logits)
 
 
 class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
@@ -767,7 +871,10 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = CanonicalModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = CanonicalHead(config)
+        self.lm_head = (
+            CanonicalNormHead(config) if config.norm_head
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )  # fmt: skip
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -790,9 +897,10 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         """As LlamaForCausalLM's: logits [batch, tokens, vocabulary], and with `labels` [batch, tokens] the loss.
 
         Args:
@@ -805,9 +913,16 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
             use_cache: see there.
             output_hidden_states: see there.
             output_attentions: see there.
+            output_router_logits: see there; the loss then has the load-balancing loss of Mixtral's class, times the
+                config's `router_aux_loss_coef`. If None, as the config says, where it comes from one that says it.
             logits_to_keep: of so many last tokens (0: all), or at these positions.
             kwargs: go to the decoder and to the loss.
         """
+        if output_router_logits is None:
+            output_router_logits = getattr(self.config, "output_router_logits", None)
+        balanced = bool(output_router_logits) and any(
+            map(self.config.has_experts, range(self.config.num_hidden_layers))
+        )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -817,6 +932,7 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_router_logits=balanced,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -829,13 +945,21 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+        found = {
+            "loss": loss,
+            "logits": logits,
+            "past_key_values": outputs.past_key_values,
+            "hidden_states": outputs.hidden_states,
+            "attentions": outputs.attentions,
+        }
+        if not balanced:
+            return CausalLMOutputWithPast(**found)
+        auxiliary = load_balancing_loss_func(
+            outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, attention_mask
         )
+        if loss is not None:
+            found["loss"] = loss + getattr(self.config, "router_aux_loss_coef", 0.0) * auxiliary.to(loss.device)
+        return MoeCausalLMOutputWithPast(**found, aux_loss=auxiliary, router_logits=outputs.router_logits)
 
     def stream_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate, giving tokens and text as they come: see `llmconvert.models.streaming.stream_generate`."""
@@ -871,6 +995,8 @@ def last_tokens(attention_mask: Tensor) -> Tensor:
 
 class CanonicalForRewardModel(CanonicalPreTrainedModel):
     """The decoder with a linear map of its last real token's state to `num_labels` numbers; one is a reward."""
+
+    accepts_loss_kwargs = False  # the loss is a batch's mean, which Trainer is to divide by the batches of a step
 
     def __init__(self, config: CanonicalModelConfig) -> None:
         """With weights drawn at random, unless on the meta device."""
@@ -925,12 +1051,52 @@ class CanonicalForRewardModel(CanonicalPreTrainedModel):
         )
 
 
+class CanonicalForTokenClassification(CanonicalPreTrainedModel):
+    """The decoder with an affine map of each token's state to `num_labels` numbers, as LlamaForTokenClassification."""
+
+    accepts_loss_kwargs = False  # as in CanonicalForRewardModel
+
+    def __init__(self, config: CanonicalModelConfig) -> None:
+        """With weights drawn at random, unless on the meta device."""
+        super().__init__(config)
+        self.model = CanonicalModel(config)
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:  # fmt: skip
+        """Scores of classes, `logits` [batch, tokens, num_labels].
+
+        Args:
+            input_ids: [batch, tokens].
+            attention_mask: [batch, tokens], 0 at padding.
+            labels: classes, [batch, tokens]; -100 where there are none.
+            kwargs: as of `CanonicalModel.forward`.
+        """
+        kwargs.setdefault("use_cache", False)
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+# Trainer shifts labels it smooths for models of these names, and pipelines take them for text generation.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(CanonicalModelConfig.model_type, CanonicalForCausalLM.__name__)
+
 # So that `save_pretrained` puts this file beside the weights, and `auto_map` into config.json.
 _REGISTERED: tuple[tuple[Callable[..., None], str | None], ...] = (
     (CanonicalModelConfig.register_for_auto_class, None),
     (CanonicalModel.register_for_auto_class, "AutoModel"),
     (CanonicalForCausalLM.register_for_auto_class, "AutoModelForCausalLM"),
     (CanonicalForRewardModel.register_for_auto_class, "AutoModelForSequenceClassification"),
+    (CanonicalForTokenClassification.register_for_auto_class, "AutoModelForTokenClassification"),
 )
 for _register, _name in _REGISTERED:
     _register(*((_name,) if _name else ()))

@@ -10,7 +10,10 @@ summed up, which gives the same gradients bit for bit. Where the loss is not the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -137,6 +140,7 @@ class ChannelLossCallback(TrainerCallback):  # type: ignore[misc]
         """See the class."""
         self.column, self._group = column, group
         self._names = None if channels is None else list(channels)
+        self._noted: frozenset[str] = frozenset()
         self._meters(self._names)
         self._stock = _TokenLoss()
 
@@ -188,13 +192,20 @@ class ChannelLossCallback(TrainerCallback):  # type: ignore[misc]
                 raise Usage(
                     f"the batch has no `{self.column}`",
                     hint=f"give the dataset a column `{self.column}`, and let the trainer collate with "
-                    "ChannelCollator(collator)",
+                    "ChannelCollator(collator); TRL's packing keeps it for a trainer derived from ChannelLossMixin",
                 )
             return compute_loss(model, inputs, return_outputs, **options)
         meter = self.training if model.training else self.evaluation
         if not model.training:
             labels = labels.where(_first_time(inputs, labels, trainer.accelerator), meter.ignore_index)
         base = _causal_model(trainer.accelerator.unwrap_model(model))
+        if _has_fused_head(base):
+            with _watched(base) as losses:
+                result = compute_loss(model, inputs, return_outputs, **options)
+            if not losses:
+                raise Refused("the model's fused head gave no losses of tokens", where=type(base).__name__)
+            meter.update(losses[-1], labels, channels)
+            return result
         stock = base if getattr(base, "loss_function", None) is ForCausalLMLoss and trainer.args.n_gpu <= 1 else None
         if stock is not None:
             stock.loss_function = self._stock
@@ -236,6 +247,10 @@ class ChannelLossCallback(TrainerCallback):  # type: ignore[misc]
         """Forget a prediction's tokens: its metrics are not logged."""
         self.evaluation.reset()
 
+    def note(self, names: Iterable[str]) -> None:
+        """Names of channels in a dataset that no longer lists them, because its rows pack several documents."""
+        self._noted = self._noted | set(names)
+
     def _meters(self, names: list[str] | None) -> None:
         self._names = names
         self.training = ChannelLossMeter(names, group=self._group)
@@ -259,11 +274,13 @@ class ChannelLossCallback(TrainerCallback):  # type: ignore[misc]
         """The channels of the trainer's datasets, over all ranks; None where they cannot be listed."""
         evaluated = trainer.eval_dataset
         parts = [trainer.train_dataset, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
-        names: set[str] = set()
+        names = set(self._noted)
         for part in parts:
             if part is None:
                 continue
             feature = (getattr(part, "features", None) or {}).get(self.column)
+            if self._noted and feature is not None and not hasattr(feature, "dtype"):  # packed here, and noted then
+                continue
             if not hasattr(part, "unique") or not hasattr(feature, "dtype"):  # a list's feature has no dtype
                 return None
             names |= {str(name) for name in part.unique(self.column) if name is not None}
@@ -300,6 +317,33 @@ class ChannelLossMixin:
     def compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """Trainer's, counted."""
         return self.channel_losses.compute_loss(self, super().compute_loss, model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_dataset(self, dataset: Any, tokenizer: Any, args: Any, packing: bool, *rest: Any, **options: Any) -> Any:
+        """TRL's, which packs token ids and labels and drops every other column: here the channel goes along.
+
+        The rows are those TRL makes, each with a list of channels, one a token.
+        """
+        prepare, column = super()._prepare_dataset, self.channel_losses.column  # type: ignore[misc]
+        if not packing or column not in (dataset.column_names or ()):
+            return prepare(dataset, tokenizer, args, packing, *rest, **options)
+        from trl import pack_dataset  # type: ignore[import-not-found, unused-ignore]
+
+        def spread(row: Batch) -> Batch:
+            channel = row[column]
+            named = NO_CHANNEL if channel is None else channel
+            return {column: named if isinstance(named, list) else [str(named)] * len(row["input_ids"])}
+
+        # What packing does not cut, and shuffles itself.
+        whole = copy.copy(args)
+        whole.max_length, whole.shuffle_dataset = None, False
+        dataset = prepare(dataset, tokenizer, whole, False, *rest, **options)
+        if hasattr(dataset, "unique") and hasattr(dataset.features[column], "dtype"):
+            self.channel_losses.note(str(name) for name in dataset.unique(column) if name not in (None, NO_CHANNEL))
+        dataset = dataset.map(spread).select_columns(["input_ids", "labels", column])
+        shuffled = getattr(args, "shuffle_dataset", False)
+        dataset = dataset.shuffle(seed=args.seed) if shuffled else dataset
+        dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+        return dataset.shuffle(seed=args.seed) if shuffled else dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the column, which Trainer would remove as none of the model's arguments."""
@@ -343,6 +387,35 @@ class _TokenLoss:
         if isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(losses.device)
         return losses.sum() / num_items_in_batch
+
+
+def _has_fused_head(model: Any) -> bool:
+    """Whether TRL has put a head into the model's forward that gives losses of tokens and no logits."""
+    forward = model.forward
+    while forward is not None:
+        if "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters:
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
+@contextmanager
+def _watched(model: Any) -> Iterator[list[Tensor]]:
+    """The losses of tokens a fused head gives, [batch, tokens - 1] each time the model is called."""
+    forward, found = model.forward, list[Tensor]()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        probabilities = getattr(outputs, "log_probs", None)
+        if probabilities is not None:
+            found.append(-probabilities.detach())
+        return outputs
+
+    model.forward = watched
+    try:
+        yield found
+    finally:
+        model.forward = forward
 
 
 def _causal_model(model: Any) -> Any:

@@ -200,14 +200,31 @@ def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     return FileWeights(directory).shapes
 
 
-def _release() -> tuple[int, ...]:
+def release() -> tuple[int, ...]:
+    """The release of transformers, (major, minor)."""
     import transformers
 
     return tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and warnings: what it leaves out is told by us."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def _options(dtype: torch.dtype, attention: str) -> dict[str, Any]:
-    return {"dtype" if _release() >= (4, 56) else "torch_dtype": dtype, "attn_implementation": attention}
+    return {"dtype" if release() >= (4, 56) else "torch_dtype": dtype, "attn_implementation": attention}
 
 
 def _register(config: dict[str, Any]) -> None:
@@ -341,21 +358,15 @@ def _load(auto: str, directory: Path, dtype: torch.dtype, device: str, attention
     _register(read_config(directory))
     check_weights(directory)
     options = _options(dtype, attention)
-    if _release() >= (5, 0):
+    if release() >= (5, 0):
         options["experts_implementation"] = "eager"
-    bars, verbosity = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # what it leaves out is told by us
     try:
-        loaded, info = getattr(transformers, auto).from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
-        )
+        with quiet():
+            loaded, info = getattr(transformers, auto).from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
+            )
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise _refused(error, directory) from None
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
     if info["missing_keys"]:
         raise BadInput(f"transformers found no weights for {sorted(info['missing_keys'])[:4]}", where=str(directory))
     module: nn.Module = loaded
