@@ -109,12 +109,14 @@ def _verdict(lifted: Lifted, target: Spec) -> str:
 
 
 def inspect(
-    source: str | os.PathLike[str], *, spec_file: Path | None = None, parallelism: Parallelism | None = None
+    source: str | os.PathLike[str], *, source_name: str | None = None, spec_file: Path | None = None,
+    parallelism: Parallelism | None = None,
 ) -> dict[str, Any]:
     """Describe a checkpoint from its headers, or from its config.json alone.
 
     Args:
         source: a directory or a hub id; a config.json, or a directory with one and no weights, is enough to count.
+        source_name: the checkpoint's spec; told from config.json if None.
         spec_file: a spec from outside the package.
         parallelism: how to share the model out, for the memory of each rank; None for the ranks a Megatron checkpoint
             has, and the whole model alone elsewhere.
@@ -131,7 +133,7 @@ def inspect(
     known = registry(spec_file)
     alone = _config_alone(Path(source))
     if alone is not None:
-        return _inspect_config(known, *alone, parallelism)
+        return _inspect_config(known, *alone, parallelism, source_name)
     checkpoint = unfused(open_checkpoint(source))
     form = form_of(checkpoint.config, checkpoint.tensors, checkpoint.path)
     dtypes = Counter(TO_NAME.get(tensor.dtype, tensor.dtype) for tensor in checkpoint.tensors.values())
@@ -151,9 +153,9 @@ def inspect(
     if made is not None:
         result["made_from"] = (made.get("source") or {}).get("spec")
     if form is not None and form.block is None:
-        return _inspect_unread(known, checkpoint, form, result, parallelism)
+        return _inspect_unread(known, checkpoint, form, result, parallelism, source_name)
     try:
-        spec = known.identify(checkpoint)
+        spec = known.identify(checkpoint, source_name)
         result["architecture"], result["title"] = spec.name, spec.title
         config = read_config(spec, checkpoint.config, checkpoint.tensors)
         result |= _measured(config)
@@ -186,15 +188,16 @@ def _targets(known: Registry, spec: Spec, lifted: Lifted) -> dict[str, str]:
 
 
 def _inspect_unread(
-    known: Registry, checkpoint: Checkpoint, form: Form, result: dict[str, Any], parallelism: Parallelism | None
-) -> dict[str, Any]:
+    known: Registry, checkpoint: Checkpoint, form: Form, result: dict[str, Any], parallelism: Parallelism | None,
+    source_name: str | None,
+) -> dict[str, Any]:  # fmt: skip
     """A checkpoint whose numbers are not read: what config.json says of it is counted all the same."""
     try:
-        known.identify(checkpoint)
+        known.identify(checkpoint, source_name)
     except LlmconvertError as error:
         result |= {"problem": error.what, "hint": error.hint}
     try:
-        spec = known.detect(checkpoint.config, checkpoint.tensors, checkpoint.path)
+        spec = known.get(source_name) if source_name else known.detect(checkpoint.config, checkpoint.tensors, checkpoint.path)
         result["architecture"], result["title"] = spec.name, spec.title
         config = read_config(spec, checkpoint.config)
     except LlmconvertError:
@@ -245,7 +248,7 @@ def _stored(spec: Spec, model: CanonicalModel, said: Mapping[str, Any], block: B
 
 
 def _inspect_config(
-    known: Registry, path: Path, said: dict[str, Any], note: str, parallelism: Parallelism | None
+    known: Registry, path: Path, said: dict[str, Any], note: str, parallelism: Parallelism | None, source_name: str | None
 ) -> dict[str, Any]:
     """Describe a model from its config.json: the same numbers as with weights, which are not looked at."""
     directory = path if path.is_dir() else path.parent
@@ -255,7 +258,7 @@ def _inspect_config(
         "parameters": None, "bytes": None, "tensors": None, "files": [], "dtypes": {}, "notes": [note],
     }  # fmt: skip
     try:
-        spec = known.detect(said, None, path if path.is_dir() else None)
+        spec = known.get(source_name) if source_name else known.detect(said, None, path if path.is_dir() else None)
         result["architecture"], result["title"] = spec.name, spec.title
         config = read_config(spec, said)
     except LlmconvertError as error:

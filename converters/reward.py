@@ -117,8 +117,8 @@ def take_head(checkpoint: Checkpoint) -> tuple[Checkpoint, RewardHead]:
 def to_reward(
     source: str | os.PathLike[str], destination: str | os.PathLike[str], *, to: str = "llama", head: str = SCORE,
     lm_head_from: str | None = None, drop_bias: bool = False, pad_token_id: int | None = None,
-    spec_file: Path | None = None, dtype: str | None = None, max_shard_size: str = "5GB", verify: str = "weights",
-    device: str = "auto", workers: int | None = None, overwrite: bool = False, resume: bool = False,
+    source_name: str | None = None, spec_file: Path | None = None, dtype: str | None = None, max_shard_size: str = "5GB",
+    verify: str = "weights", device: str = "auto", workers: int | None = None, overwrite: bool = False, resume: bool = False,
     dry_run: bool = False, sync: bool = True, progress: Progress = lambda stage, done, total: None,
 ) -> Report:  # fmt: skip
     """Make a reward model of a checkpoint, or take its head from one form to the other.
@@ -131,6 +131,7 @@ def to_reward(
         lm_head_from: a checkpoint with the language model's head, for `v_head` where the source has none.
         drop_bias: leave out a value head's bias, which shifts all rewards alike and which `score` cannot hold.
         pad_token_id: where config.json has none; sequence classification looks for the last token that is another.
+        source_name: the source's spec; told from config.json if None.
         spec_file: a spec from outside the package.
         dtype: float32, bfloat16 or float16; each tensor's own if None.
         max_shard_size: such as `5GB`.
@@ -166,7 +167,8 @@ def to_reward(
     if language is not None:
         body = replace(body, tensors={**body.tensors, _HEAD: language})
     conversion = plan_conversion(
-        body.path, to, spec_file=spec_file, dtype=dtype, max_shard_size=max_shard_size, opened=body
+        body.path, to, source_name=source_name, spec_file=spec_file, dtype=dtype, max_shard_size=max_shard_size,
+        opened=body,
     )
     if conversion.target.name not in CLASSES:
         raise Refused(f"there is no reward model of `{conversion.target.name}`", hint=f"choose {', '.join(CLASSES)}")

@@ -45,7 +45,7 @@ class ThereAndBack:
 
 
 def round_trip(
-    source: Path, to: str = "llama", *, work_dir: Path | None = None, workers: int = 2,
+    source: Path, to: str = "llama", *, source_name: str | None = None, work_dir: Path | None = None, workers: int = 2,
     progress: Progress = lambda stage, done, total: None, **options: Any,
 ) -> ThereAndBack:  # fmt: skip
     """Convert there and back in a temporary place and compare with the source, byte by byte.
@@ -53,6 +53,7 @@ def round_trip(
     Args:
         source: a checkpoint directory.
         to: the architecture or family to go through.
+        source_name: the source's spec; told from config.json if None.
         work_dir: where the temporary place is made; the system's if None. It needs twice the checkpoint's size.
         workers: threads.
         progress: as in `convert`.
@@ -64,7 +65,7 @@ def round_trip(
     with temporary(work_dir, "llmconvert-roundtrip-") as (folder, left):
         outward, homeward = folder / "there", folder / "back"
         common = {**options, "workers": workers, "sync": False, "progress": progress}
-        there = convert(source, outward, to=to, **common)
+        there = convert(source, outward, to=to, source_name=source_name, **common)
         back = convert(outward, homeward, to=there.source_architecture, **common)
         before, after = unfused(open_checkpoint(Path(there.source))), open_checkpoint(homeward)
         names = [name for name in before.tensors if name not in there.dropped]

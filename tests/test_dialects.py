@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from llmconvert.checkpoint.stored import StoredTensor
+from llmconvert.cli.app import main
 from llmconvert.converters.huggingface import convert
 from llmconvert.converters.planning import plan_conversion
 from llmconvert.errors import BadInput, Refused
@@ -235,3 +236,34 @@ def test_yarn_that_means_two_things_is_refused(changes: dict[str, Any], agree: b
     with pytest.raises(Refused, match="YaRN") as caught:
         plan_conversion(source, "canonical")
     assert "attention_factor" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("command", [
+    ["inspect", "SRC", "--json"], ["convert", "SRC", "DST", "--to", "llama", "--verify", "weights"],
+    ["baichuan-to-llama", "SRC", "DST"], ["split", "SRC", "DST", "--verify", "weights"], ["megatron-args", "SRC", "--json"],
+    ["roundtrip", "SRC", "--to", "canonical", "--verify", "weights"], ["to-reward", "SRC", "DST", "--pad-token-id", "0"],
+])  # fmt: skip
+def test_every_command_can_be_told_what_it_is(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoints.make("baichuan2", tmp_path / "src")
+    config = json.loads((source / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("norm_head", "position_embedding", "max_position_embeddings")}
+    (source / "config.json").write_text(json.dumps(config | {"model_max_length": 256}))
+    arguments = [{"SRC": str(source), "DST": str(tmp_path / "dst")}.get(word, word) for word in command]
+    code = _run(arguments)
+    shown = capsys.readouterr()
+    assert code == (0 if command[0] == "inspect" else 3) and "--from baichuan2" in shown.out + shown.err
+    assert _run([*arguments, "--from", "baichuan2"]) == 0
+    shown = capsys.readouterr()
+    assert "does not tell which" not in shown.out + shown.err
+    if command[0] == "inspect":
+        assert json.loads(shown.out)["architecture"] == "baichuan2"
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        main(arguments)
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0

@@ -37,6 +37,10 @@ Source = Annotated[
 Destination = Annotated[
     Path, typer.Argument(metavar="DST", help="directory to make; it appears only when whole and proved")
 ]
+From = Annotated[
+    str | None,
+    typer.Option("--from", metavar="NAME", help="architecture of SRC (see `specs`); told from its config.json if absent"),
+]
 SpecFile = Annotated[Path | None, typer.Option("--spec", metavar="FILE.py", help="a spec from outside the package")]
 Dtype = Annotated[
     str | None,
@@ -81,9 +85,7 @@ def _conversion(to: str | None, accept: Accept) -> Callable[..., None]:
             source: Source,
             destination: Destination,
             to: Annotated[str, typer.Option(help="target architecture or family, such as llama (see `specs`)")],
-            source_name: Annotated[
-                str | None, typer.Option("--from", help="source architecture; detected if absent")
-            ] = None,
+            source_name: From = None,
             spec_file: SpecFile = None,
             dtype: Dtype = None,
             max_shard_size: ShardSize = "5GB",
@@ -107,6 +109,7 @@ def _conversion(to: str | None, accept: Accept) -> Callable[..., None]:
     def command(
         source: Source,
         destination: Destination,
+        source_name: From = None,
         spec_file: SpecFile = None,
         dtype: Dtype = None,
         max_shard_size: ShardSize = "5GB",
@@ -123,7 +126,7 @@ def _conversion(to: str | None, accept: Accept) -> Callable[..., None]:
         quiet: Quiet = False,
     ) -> None:
         options = {k: v for k, v in locals().items() if k in _OPTIONS}
-        run(to, None, source, destination, options)
+        run(to, source_name, source, destination, options)
 
     return command
 
@@ -199,6 +202,7 @@ def inspect(
     gradients: Annotated[
         str, typer.Option(help="dtype gradients are kept in: bfloat16 (2 bytes a parameter) or float32 (4)")
     ] = "bfloat16",
+    source_name: From = None,
     spec_file: SpecFile = None,
     json: Json = False,
 ) -> None:
@@ -224,7 +228,9 @@ def inspect(
 
     grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout, ep, etp)
     asked = Parallelism(grid, dp, zero, gradients, divisible_by)
-    found = describe(source, spec_file=spec_file, parallelism=None if asked == Parallelism() else asked)
+    found = describe(
+        source, source_name=source_name, spec_file=spec_file, parallelism=None if asked == Parallelism() else asked
+    )
     output.result(found, render.inspection(found))
 
 
@@ -318,6 +324,7 @@ def to_reward_command(
     ] = None,
     drop_bias: Annotated[bool, typer.Option("--drop-bias", help="leave out a value head's bias")] = False,
     pad_token_id: Annotated[int | None, typer.Option(min=0, help="where config.json has none")] = None,
+    source_name: From = None,
     spec_file: SpecFile = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; each tensor's own if absent")] = None,
     max_shard_size: ShardSize = "5GB",
@@ -341,9 +348,9 @@ def to_reward_command(
     with output.progress() as progress:
         found = to_reward(
             source, destination, to=to, head=head, lm_head_from=lm_head_from, drop_bias=drop_bias,
-            pad_token_id=pad_token_id, spec_file=spec_file, dtype=dtype, max_shard_size=max_shard_size, verify=verify,
-            device=device, workers=workers, overwrite=overwrite, resume=resume, dry_run=dry_run, sync=sync,
-            progress=progress,
+            pad_token_id=pad_token_id, source_name=source_name, spec_file=spec_file, dtype=dtype,
+            max_shard_size=max_shard_size, verify=verify, device=device, workers=workers, overwrite=overwrite,
+            resume=resume, dry_run=dry_run, sync=sync, progress=progress,
         )  # fmt: skip
     output.result(found.to_dict(), render.report(found, dry_run=dry_run))
 
@@ -358,6 +365,7 @@ def roundtrip(
     work_dir: Annotated[
         Path | None, typer.Option(help="where to put two copies of the checkpoint for the time being")
     ] = None,
+    source_name: From = None,
     spec_file: SpecFile = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -371,7 +379,7 @@ def roundtrip(
     with output.progress() as progress:
         found = round_trip(
             source, to, work_dir=work_dir, progress=progress, verify=verify, device=device, load=load,
-            spec_file=spec_file,
+            source_name=source_name, spec_file=spec_file,
         )  # fmt: skip
     output.result(found.to_dict(), render.there_and_back(found))
     if not found.verdict:
@@ -461,6 +469,7 @@ def split(
     format: Format = "torch",
     iteration: Annotated[int | None, typer.Option(help="write as this iteration; as `release` if absent")] = None,
     dtype: FloatDtype = None,
+    source_name: From = None,
     spec_file: SpecFile = None,
     verify: Verify = "logits",
     device: Device = "auto",
@@ -483,8 +492,8 @@ def split(
     run = partial(
         split_checkpoint, source, destination, grid, fmt=format, transformer_impl=transformer_impl,
         grouped=grouped, divisible_by=divisible_by, iteration=iteration,
-        dtype=dtype, spec_file=spec_file, verify=verify, device=device, load=load, workers=workers,
-        overwrite=overwrite, resume=resume, sync=sync,
+        dtype=dtype, source_name=source_name, spec_file=spec_file, verify=verify, device=device, load=load,
+        workers=workers, overwrite=overwrite, resume=resume, sync=sync,
     )  # fmt: skip
     _show(run, json, quiet, dry_run)
 
@@ -601,6 +610,7 @@ def megatron_args(
     transformer_impl: Implementation = "transformer_engine",
     format: Format = "torch",
     dtype: FloatDtype = None,
+    source_name: From = None,
     spec_file: SpecFile = None,
     json: Json = False,
 ) -> None:
@@ -612,7 +622,7 @@ def megatron_args(
     grid = Grid(tp, pp, vpp, first, last, embedding_counts, loss_counts, layout, ep, etp)
     args = arguments_for(
         source, grid, fmt=format, transformer_impl=transformer_impl, grouped=grouped, divisible_by=divisible_by,
-        dtype=dtype, spec_file=spec_file,
+        dtype=dtype, source_name=source_name, spec_file=spec_file,
     )  # fmt: skip
     value = {"args": args, "flags": arguments.flags(args)}
     Output(json_mode=json).result(value, arguments.script(args, "DIR").rstrip())
