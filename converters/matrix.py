@@ -78,10 +78,8 @@ def possible_traits(spec: Spec) -> frozenset[str]:
     """Traits a checkpoint of an architecture may have."""
     possible = set(spec.holds | spec.always | certain_traits(spec))
     for field in spec.fields:
-        if "sliding_window" in field.attributes:
-            possible.add("sliding_window")
-        if "alibi" in field.attributes:
-            possible.add("alibi")
+        if not isinstance(field, Fixed):  # what it fixes, `certain_traits` knows
+            possible |= {"sliding_window", "alibi"} & set(field.attributes)
     return frozenset(possible & set(TRAITS))
 
 

@@ -310,8 +310,8 @@ def spec_page(spec: Any, file: str, reaches: list[Any]) -> str:
             "one-way": "exact, cannot be undone",
             "no": f"no: {r.why}",
         }[r.verdict]
-        lines.append(f"  to {r.target:<11}{text}")
-        lines += [f"                 · {step}" for step in r.steps]
+        lines.append(f"  to {r.target:<14}{text}")
+        lines += [f"                    · {step}" for step in r.steps]
         if r.unless and r.verdict != "no":
-            lines.append(f"                 refused for checkpoints with: {', '.join(r.unless)}")
+            lines.append(f"                    refused for checkpoints with: {', '.join(r.unless)}")
     return _text(lines)
