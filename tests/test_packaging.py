@@ -165,7 +165,9 @@ assert not heavy, heavy
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="bash scripts")
-@pytest.mark.parametrize("script", ["scripts/test", "scripts/check", "scripts/setup.sh", "scripts/venv-vllm", ".ci/run"])
+@pytest.mark.parametrize(
+    "script", [".ci/run", *(f"scripts/{name}" for name in ("check", "setup.sh", "test", "test-transformers-4", "test-trl", "venv-vllm"))]
+)
 def test_scripts_are_sound_bash(script: str) -> None:
     checked = subprocess.run(["bash", "-n", str(ROOT / script)], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stderr

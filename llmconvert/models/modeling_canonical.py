@@ -133,6 +133,7 @@ class CanonicalModelConfig(PretrainedConfig):
         self.rotary_dim = rotary_dim or self.head_dim
         kind = rope.pop("type", None) or "default"
         self.rope_parameters = {"rope_theta": theta, "rope_type": kind, **rope}
+        self.base_model_tp_plan = tensor_parallel_plan(self)
 
     @property
     def logit_scale(self) -> float:
@@ -196,6 +197,33 @@ def choose_attention(config: CanonicalModelConfig, dtype: torch.dtype, device: t
     if config.attn_logit_softcapping is not None:
         return "eager", f"{why}; not SDPA: it has no soft cap"
     return "sdpa", why
+
+
+def tensor_parallel_plan(config: CanonicalModelConfig) -> dict[str, str] | None:
+    """How matrices are cut for tensor parallelism, by transformers and by engines that follow it (vLLM).
+
+    None with ALiBi, whose slopes are of all heads, and with latent attention under transformers 4, which has no way to
+    cut it.
+    """
+    latent = config.kv_lora_rank is not None
+    if config.alibi or (latent and not _FIVE):
+        return None
+    attention = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
+    if latent:
+        attention = {"q_proj" if config.q_lora_rank is None else "q_b_proj": "colwise", "o_proj": "rowwise"}
+        attention |= {"kv_a_proj_with_mqa": "mla_kv_a_proj", "kv_b_proj": "colwise"}
+    elif config.qk_norm and _FIVE:
+        attention |= dict.fromkeys(("q_norm", "k_norm"), "replicated_with_grad_allreduce")
+    plan = {f"layers.*.self_attn.{name}": style for name, style in attention.items()}
+    parts = ["mlp"] * (not config.num_experts or not all(config.moe_layers))
+    parts += ["mlp.experts.*"] * (config.num_experts > 0)
+    parts += ["mlp.shared_experts"] * (config.num_experts > 0 and config.shared_expert_intermediate_size > 0)
+    for part in parts:
+        plan |= {f"layers.*.{part}.{name}": "colwise" for name in ("gate_proj", "up_proj")}
+        plan[f"layers.*.{part}.down_proj"] = "rowwise"
+    if config.tie_word_embeddings and _FIVE:
+        plan["embed_tokens"] = "embedding_rowwise"  # as the head it is tied to
+    return plan
 
 
 def check_attention(config: CanonicalModelConfig, implementation: Any) -> None:
@@ -399,7 +427,7 @@ class CanonicalAttention(nn.Module):
         )
         if padding > 0:
             mixed = mixed[..., : self.value_dim]
-        return self.o_proj(mixed.flatten(2)), weights
+        return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class CanonicalMLP(nn.Module):
@@ -865,6 +893,7 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
     """The decoder with its head, and ways to look inside it."""
 
     _tied_weights_keys: Any = {"lm_head.weight": "model.embed_tokens.weight"} if _FIVE else ["lm_head.weight"]
+    _tp_plan: Any = {"lm_head": "colwise_gather_output" if _FIVE else "colwise_rep"}
 
     def __init__(self, config: CanonicalModelConfig) -> None:
         """With weights drawn at random, unless on the meta device."""
