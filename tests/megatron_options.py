@@ -58,7 +58,7 @@ _SWITCHES = (
     "--disable-bias-linear", "--fp16", "--group-query-attention", "--moe-grouped-gemm",
     "--moe-router-enable-expert-bias", "--moe-router-pre-softmax", "--moe-shared-expert-gate",
     "--multi-latent-attention", "--qk-layernorm", "--rotary-interleaved", "--swiglu",
-    "--untie-embeddings-and-output-weights", "--use-rope-scaling",
+    "--untie-embeddings-and-output-weights", "--use-checkpoint-args", "--use-rope-scaling",
 )  # fmt: skip
 OPTIONS: dict[str, Any] = {
     **dict.fromkeys(_WHOLE, whole), **dict.fromkeys(_NUMBERS, float), **dict.fromkeys(_SWITCHES, True),

@@ -257,6 +257,13 @@ def test_a_rotary_base_the_parser_does_not_take_is_told(tmp_path: Path) -> None:
     source = checkpoints.make("llama", tmp_path / "source", rope_theta=10000.5)
     report = split_checkpoint(source, tmp_path / "ranks", Grid(), verify="weights")
     assert any("`--rotary-base` takes whole numbers" in note and "10000.5" in note for note in report.notes)
+    (words,) = options.words(tmp_path / "ranks" / "megatron-args.sh")
+    assert "--use-checkpoint-args" in words and "--rotary-base" not in words
+    args = torch.load(next((tmp_path / "ranks").rglob("*.pt")), weights_only=False)["args"]
+    assert args.rotary_base == 10000.5  # `load_args_from_checkpoint` takes it in any case (`force=True`)
+    if options.CHECKOUT:
+        (real,) = options.real_parser([words])
+        assert real["use_checkpoint_args"] is True
 
 
 def test_one_expert_that_always_weighs_one_is_refused(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def holds(config: CanonicalConfig) -> frozenset[str]:
 
 def coupled(config: CanonicalConfig) -> tuple[tuple[str, ...], ...]:
     """Biases Megatron has together or not at all: `add_bias_linear` is all of them, `add_qkv_bias` those of q, k and v."""
-    return (("qkv_bias", "o_bias", "mlp_bias"),) if traits(config) & {"o_bias", "mlp_bias"} else ()
+    linear = traits(config) & holds(config) & {"o_bias", "mlp_bias"}
+    return (("qkv_bias", "o_bias", "mlp_bias"),) if linear else ()
 
 
 def check_holds(config: CanonicalConfig) -> None:
@@ -138,7 +139,10 @@ def departures(config: CanonicalConfig) -> tuple[str, ...]:
 def remarks(config: CanonicalConfig) -> tuple[str, ...]:
     """What a user should know of a model in Megatron-LM: `departures`, and what its command line does not take."""
     base = config.rope_theta
-    odd = f"`--rotary-base` takes whole numbers, and this is {base!r}: Megatron-LM has it by `--use-checkpoint-args` alone"
+    odd = (
+        f"`--rotary-base` takes whole numbers, and this is {base!r}: `megatron-args.sh` has `--use-checkpoint-args` in its "
+        "place, which takes it from the checkpoint"
+    )
     return departures(config) + (() if float(base).is_integer() else (odd,))
 
 
@@ -284,6 +288,9 @@ def flags(args: Mapping[str, Any]) -> list[str]:
     if vpp and not args.get("pipeline_model_parallel_layout"):
         found.append(f"--num-virtual-stages-per-pipeline-rank {vpp}")
     found += [option for option in switches if value(option)]
+    if not isinstance(args["rotary_base"], int):
+        # The parser takes whole numbers; this takes the base from the checkpoint, and stops without one.
+        found = [*(flag for flag in found if not flag.startswith("--rotary-base ")), "--use-checkpoint-args"]
     if not args["add_bias_linear"]:
         found.append("--disable-bias-linear")
     return sorted(found)

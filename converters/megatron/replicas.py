@@ -71,9 +71,10 @@ def settle(
         return joined, ()
     apart = [_measured(replica) for replica in joined.replicas if failing([replica.check])]
     most = max(apart, key=lambda difference: difference.size / (difference.scale or 1.0))
+    count = "1 copy differs" if len(apart) == 1 else f"{len(apart)} copies differ"
     if policy is None:
         raise BadInput(
-            f"{'; '.join(faults[:3])}; {len(apart)} copies differ, most of all {most}",
+            f"{'; '.join(faults[:3])}; {count}, most of all {most}",
             hint="if that is no more than ranks drift apart in training, `--replica first` takes the first rank's, "
             "`--replica mean` the mean",
         )
@@ -83,7 +84,7 @@ def settle(
         joined = again(groups)
         members = (replica for replica in joined.replicas if replica.group in groups)
         differing = frozenset(shard for replica in members for shard in (*replica.shards, *replica.first))
-    note = f"{len(apart)} copies differ from the first rank's, and {_TAKEN[policy]}; most of all {most}"
+    note = f"{count} from the first rank's, and {_TAKEN[policy]}; most of all {most}"
     return replace(joined, differing=differing), (note,)
 
 
