@@ -183,7 +183,9 @@ def tensors(case: Case) -> dict[str, Tensor]:
     model = build(case)
     state = dict(model.state_dict())
     if "model.layers.0.self_attn.o_proj.bias" in state:  # Megatron has biases on all linear layers then
-        for name in [name for name in state if name.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight"))]:
+        for name in [
+            name for name in state if name.endswith(("gate_proj.weight", "up_proj.weight", "down_proj.weight"))
+        ]:
             state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
     if case.mtp:
         for name, tensor in further(case, model).layers.state_dict().items():
