@@ -905,6 +905,8 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )  # fmt: skip
         self.post_init()
+        if config.norm_head:
+            self._tp_plan.pop("lm_head", None)  # plans cut linear maps only
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
