@@ -173,8 +173,14 @@ def randomise(model: nn.Module, seed: int) -> None:
                 parameter.add_(1.0)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
-                # Not so negative that the published code and transformers choose from different groups.
-                buffer.uniform_(-0.2, 0.4, generator=generator)
+                buffer.uniform_(_lowest_bias(), 0.4, generator=generator)
+
+
+def _lowest_bias() -> float:
+    """Not so negative that the published code and transformers choose from different groups, which 4 soon does."""
+    import transformers
+
+    return -0.2 if transformers.__version__ >= "5" else 0.0
 
 
 def with_further_tokens(state: dict[str, torch.Tensor], layers: int, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -187,6 +193,9 @@ def with_further_tokens(state: dict[str, torch.Tensor], layers: int, seed: int =
         return torch.randn(shape, generator=generator).mul_(0.2).to(dtype)
 
     result |= {own + name.removeprefix(last): random(*t.shape) for name, t in state.items() if name.startswith(last)}
+    biases = f"{own}mlp.gate.e_score_correction_bias"
+    if biases in result:
+        result[biases].clamp_(min=_lowest_bias())
     result |= {f"{own}{name}.weight": 1 + random(hidden) for name in ("enorm", "hnorm", "shared_head.norm")}
     copies = {"embed_tokens": "model.embed_tokens", "shared_head.head": "lm_head"}
     result |= {f"{own}{name}.weight": state[f"{original}.weight"].clone() for name, original in copies.items()}

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from llmconvert.converters.huggingface import convert
-from llmconvert.models import CanonicalModelConfig
+from llmconvert.models import CanonicalForCausalLM, CanonicalModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = "llama_bias", "qwen3", "gemma2", "qwen2_moe", "deepseek_v2", "baichuan2"
@@ -26,6 +26,9 @@ def test_there_is_a_plan_where_it_is_right() -> None:
     assert CanonicalModelConfig(alibi=True).base_model_tp_plan is None  # slopes are of all heads
     assert (CanonicalModelConfig(**latent).base_model_tp_plan is None) == (transformers.__version__ < "5")
     assert "base_model_tp_plan" not in CanonicalModelConfig().to_dict()
+    shape = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    heads = ["lm_head" in CanonicalForCausalLM(CanonicalModelConfig(**shape, norm_head=is_)).tp_plan for is_ in (False, True)]
+    assert heads == [transformers.__version__ >= "5", False], "a NormHead is no linear map; 4 leaves heads whole"
 
 
 @pytest.mark.slow

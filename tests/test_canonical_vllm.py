@@ -27,8 +27,10 @@ pytestmark = pytest.mark.slow
 _EXPERTS = {"hidden_size": 96, "moe_intermediate_size": 64}
 SHAPES = {
     "deepseek_v3": {**_EXPERTS, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 20},
-    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 96},
-}
+    "qwen2_moe": {
+        **_EXPERTS, "num_attention_heads": 3, "num_key_value_heads": 1, "shared_expert_intermediate_size": 96,
+    },
+}  # fmt: skip
 
 
 def _ask(arch: str, folder: Path) -> tuple[Path, list[list[int]], dict[str, Any]]:

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import checkpoints
 import pytest
 import tiny
 import torch
+import transformers
 from torch import Tensor, nn
 
 from llmconvert.canonical.model import CanonicalConfig
@@ -243,10 +245,12 @@ def test_generation_with_a_cache_is_generation_without(tmp_path: Path) -> None:
             for cached in (True, False)
         ]
         assert torch.equal(*made), arch
-        fixed = model.generate(
-            **rows, max_new_tokens=12, do_sample=False, cache_implementation="static", pad_token_id=0
-        )
-        assert torch.equal(fixed, made[0]), arch
+        refused = arch == "deepseek_v3" and transformers.__version__ < "5"
+        with pytest.raises(ValueError, match="fixed size") if refused else nullcontext():
+            fixed = model.generate(
+                **rows, max_new_tokens=12, do_sample=False, cache_implementation="static", pad_token_id=0
+            )
+            assert torch.equal(fixed, made[0]), arch
 
 
 def test_checkpointed_gradients_are_the_gradients(tmp_path: Path) -> None:

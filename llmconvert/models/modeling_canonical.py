@@ -362,7 +362,7 @@ class CanonicalAttention(nn.Module):
         self.o_proj = nn.Linear(heads * self.value_dim, hidden, bias=config.o_bias)
 
     def _grouped(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, cache: Cache | None
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, cache: Cache | None, *place: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape = (*x.shape[:-1], -1, self.head_dim)
         q, k, v = (proj(x).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))
@@ -371,11 +371,11 @@ class CanonicalAttention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         q, k = (_rotate(part, position_embeddings, self.config.rotary_interleaved) for part in (q, k))
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+            k, v = cache.update(k, v, self.layer_idx, *place)
         return q, k, v
 
     def _expanded(
-        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, cache: Cache | None
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, cache: Cache | None, *place: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values out of the latents, [batch, heads, tokens, dimensions]; the cache holds latents."""
         q = self.q_proj(x) if self.config.q_lora_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
@@ -387,7 +387,7 @@ class CanonicalAttention(nn.Module):
             _rotate(part, position_embeddings, self.config.rotary_interleaved) for part in (q_rope, k_rope)
         )
         if cache is not None:
-            latent, k_rope = cache.update(latent, k_rope, self.layer_idx)
+            latent, k_rope = cache.update(latent, k_rope, self.layer_idx, *place)
         expanded = self.kv_b_proj(latent[:, 0]).unflatten(-1, (-1, self.nope + self.value_dim)).transpose(1, 2)
         k_nope, v = expanded.split((self.nope, self.value_dim), -1)
         k = torch.cat((k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)), -1)
@@ -403,7 +403,9 @@ class CanonicalAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Output, [batch, tokens, hidden], and the weights where the implementation gives them."""
         project = self._expanded if self.latent else self._grouped
-        q, k, v = project(hidden_states, position_embeddings, past_key_values)
+        # Without it transformers 4 puts every token at the start of a cache of fixed size; 5 counts by itself.
+        place = () if _FIVE else ({"cache_position": kwargs.get("cache_position")},)
+        q, k, v = project(hidden_states, position_embeddings, past_key_values, *place)
         name = self.config._attn_implementation
         # Looked up in the body and called once: by that engines with an attention of their own (vLLM) know the module.
         if _FIVE:
@@ -847,6 +849,10 @@ class CanonicalModel(CanonicalPreTrainedModel):
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         if position_ids is None:
             position_ids = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
+        if not _FIVE:
+            if config.kv_lora_rank is not None and past_key_values is not None and past_key_values.is_compileable:
+                raise ValueError("transformers 4 has no cache of fixed size for latent attention: use a dynamic one")
+            kwargs["cache_position"] = torch.arange(past, past + embeds.shape[1], device=embeds.device)
         masks = self._masks(embeds, attention_mask, past_key_values, position_ids, past)
         hidden = embeds
         rotation = None if config.alibi else self.rotary_emb(hidden, position_ids)
@@ -905,6 +911,8 @@ class CanonicalForCausalLM(CanonicalPreTrainedModel, GenerationMixin):
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )  # fmt: skip
         self.post_init()
+        if config.norm_head:
+            self._tp_plan.pop("lm_head", None)  # plans cut linear maps only
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
