@@ -36,6 +36,7 @@ from llmconvert.engine import manifest
 from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.training.curves import read_curves
 from llmconvert.verify.logits import compare_logits
+from llmconvert.verify.reference.megatron_experts import layers_with_experts
 
 SHARD = "model-00001-of-00003.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -441,6 +442,12 @@ def test_senseless_arguments_are_bad_input(key: str, value: Any, copy: Callable[
     _edit_args(ranks, lambda args: args.update({key: value}))
     found, message = bounded.run(lambda: open_model(ranks))
     assert found == "BadInput" and (key in message or "2,000,000,000 ranks" in message), message
+
+
+@pytest.mark.parametrize("text", ["[0]*9999*9999*9999", "[[0]]*3", "9999*9999*9", "(" * 300, "[0]*3+"])
+def test_a_senseless_list_of_layers_is_bad_input_to_the_reference_model_too(text: str) -> None:
+    found, message = bounded.run(lambda: layers_with_experts({"num_experts": 4, "moe_layer_freq": text}, 3))
+    assert found == "BadInput" and "moe_layer_freq" in message, message
 
 
 def test_arguments_that_are_not_json_are_left_out(copy: Callable[[str], Path]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmconvert.canonical.model import CanonicalConfig
+from llmconvert.checkpoint.layer_lists import layer_list
 from llmconvert.converters.megatron.arguments import LLAMA3, YARN, YARN_DEFAULTS, YARN_FIXED
 from llmconvert.errors import BadInput, Refused
 
@@ -172,7 +172,7 @@ def _from_mixture(args: Mapping[str, Any], get: Callable[..., Any]) -> dict[str,
     biased = bool(args.get("moe_router_enable_expert_bias"))
     layers, count, chosen = args.get("moe_layer_freq", 1), get("num_layers"), args.get("moe_router_topk") or 2
     if isinstance(layers, str):
-        layers = _layer_list(layers)
+        layers = layer_list(layers)
     if isinstance(layers, int):
         layers = [i % layers == 0 for i in range(count)]
     if len(layers) != count:
@@ -189,33 +189,3 @@ def _from_mixture(args: Mapping[str, Any], get: Callable[..., Any]) -> dict[str,
         "topk_method": "noaux_tc" if biased else "group_limited_greedy" if groups > 1 else "greedy",
         "n_group": groups, "topk_group": args.get("moe_router_group_topk") or 1, "router_bias": biased,
     }  # fmt: skip
-
-
-_MOST_LAYERS = 10_000
-
-
-def _layer_list(text: str) -> int | list[int]:
-    """`moe_layer_freq` as it is typed: a number, or a Python list such as `([0]*3+[1]*58)`."""
-
-    def times(left: Any, right: Any) -> Any:
-        if any(isinstance(each, int) and each > _MOST_LAYERS for each in (left, right)):
-            raise ValueError(text)
-        return left * right
-
-    def value(node: ast.expr) -> Any:
-        match node:
-            case ast.Constant(value=int(number)):
-                return number
-            case ast.List(elts=entries):
-                return [value(entry) for entry in entries]
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return value(left) + value(right)
-            case ast.BinOp(left=left, op=ast.Mult(), right=right):
-                return times(value(left), value(right))
-        raise ValueError(text)
-
-    try:
-        found: int | list[int] = value(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        raise BadInput(f"`moe_layer_freq` {text!r} is not understood", where="args") from None
-    return found

@@ -45,20 +45,10 @@ ARGS_SCRIPT = "megatron-args.sh"
 
 
 @dataclass(frozen=True)
-class SplitConversion:
-    """A planned split.
+class _Prepared:
+    """All of a split but where its bytes go."""
 
-    Attributes:
-        checkpoint, spec, lifted: what is read.
-        model: lowered to what megatron-core holds; `steps` the rewrites, each with the config before.
-        cut: how it is cut.
-        args: the arguments written.
-        plan: what will be written.
-        ledger: the account of the plan.
-        notes: what a user should know.
-        not_carried: files of the source that are left behind, and why.
-    """
-
+    known: Registry
     checkpoint: Checkpoint
     spec: Spec
     lifted: Lifted
@@ -66,6 +56,26 @@ class SplitConversion:
     steps: list[tuple[Step, CanonicalConfig]]
     cut: Cut
     args: dict[str, Any]
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SplitConversion(_Prepared):
+    """A planned split.
+
+    Attributes:
+        known: all specs.
+        checkpoint, spec, lifted: what is read.
+        model: lowered to what megatron-core holds; `steps` the rewrites, each with the config before.
+        cut: how it is cut.
+        args: the arguments written.
+        remarks: what readers of the source disagree in.
+        plan: what will be written.
+        ledger: the account of the plan.
+        notes: what a user should know.
+        not_carried: files of the source that are left behind, and why.
+    """
+
     plan: Plan
     ledger: Ledger
     notes: tuple[str, ...]
@@ -86,21 +96,6 @@ def lower_to_megatron(lifted: CanonicalModel, checkpoint: Checkpoint) -> Lowered
     except Refused as error:
         raise Refused(error.what, where=str(checkpoint.path), hint=error.hint or elsewhere(checkpoint)) from None
     return model, steps
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """All of a split but where its bytes go."""
-
-    known: Registry
-    checkpoint: Checkpoint
-    spec: Spec
-    lifted: Lifted
-    model: CanonicalModel
-    steps: list[tuple[Step, CanonicalConfig]]
-    cut: Cut
-    args: dict[str, Any]
-    remarks: tuple[str, ...]
 
 
 def _prepared(
@@ -209,7 +204,7 @@ def plan_split(
     if padding:
         padded, rows = made.cut.padded_vocab_size, f"{padding} rows of zeros"
         notes += (f"the vocabulary of {model.config.vocab_size} is padded to {padded} with {rows}",)
-    return SplitConversion(checkpoint, spec, lifted, model, made.steps, made.cut, args, plan, ledger, notes, extra.left)
+    return SplitConversion(**vars(made), plan=plan, ledger=ledger, notes=notes, not_carried=extra.left)
 
 
 def in_home(extra: Companions, config: Mapping[str, Any] | None) -> tuple[dict[str, Path], dict[str, bytes]]:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from faults import syscalls
-from faults.baseline import line, some
+from faults.baseline import Command, line, some
 from faults.directors import Fault, Several
 from faults.syscalls import CHANGES, KINDS, Note
 from faults.trial import Trial
@@ -67,21 +67,30 @@ def kill(trial: Trial) -> None:
     trial.follow(command, expected, "source", verify)
 
 
+def _planned(trial: Trial, odds: float) -> tuple[Command, str, bool, list[Note], list[int]]:
+    """A command set up, over an older output with these odds; the calls it will make that change something.
+
+    Returns:
+        The command, its proof, whether it replaces, the calls, and which of them rename.
+    """
+    command, verify = some(trial.dice)
+    trial.set_up({"source": trial.baselines.source(command.source)})
+    replacing = trial.dice.random() < odds
+    if replacing:
+        trial.older(command)
+    trial.world.begin()
+    calls = [c for c in trial.baselines.calls(command, verify, replacing=replacing) if c.kind in CHANGES]
+    return command, verify, replacing, calls, [number for number, call in enumerate(calls) if call.kind == "rename"]
+
+
 def old_filesystem(trial: Trial) -> None:
     """A run is killed where the filesystem can neither exchange names nor refuse to replace one.
 
     Between the two renames it then takes, the old output may be away; the next command puts it back.
     """
     dice = trial.dice
-    command, verify = some(dice)
-    expected = trial.baselines.expected(command, verify=verify)
-    world = trial.set_up({"source": trial.baselines.source(command.source)})
-    replacing = dice.random() < 0.7
-    if replacing:
-        trial.older(command)
-    world.begin()
-    calls = [c for c in trial.baselines.calls(command, verify, replacing=replacing) if c.kind in CHANGES]
-    renames = [number for number, call in enumerate(calls) if call.kind == "rename"]
+    command, verify, replacing, calls, renames = _planned(trial, 0.7)
+    expected, world = trial.baselines.expected(command, verify=verify), trial.world
     at = min(renames) + dice.randrange(-2, 12) if dice.random() < 0.8 else dice.randrange(len(calls))
     without = Fault(0, dice.choice(["EINVAL", "ENOSYS", "ENOTSUP"]), CHANGES, True, frozenset({"renameat2"}))
     killing = Fault(at, dice.choice(["SIGKILL", "SIGKILL", "SIGINT", "SIGTERM", ""]), CHANGES)
@@ -96,15 +105,8 @@ def old_filesystem(trial: Trial) -> None:
 def power(trial: Trial) -> None:
     """The machine loses power at one of a run's calls: what the disk has not confirmed is lost, or zeros."""
     dice = trial.dice
-    command, verify = some(dice)
-    expected = trial.baselines.expected(command, verify=verify)
-    world = trial.set_up({"source": trial.baselines.source(command.source)})
-    replacing = dice.random() < 0.4
-    if replacing:
-        trial.older(command)
-    world.begin()
-    calls = [c for c in trial.baselines.calls(command, verify, replacing=replacing) if c.kind in CHANGES]
-    renames = [number for number, call in enumerate(calls) if call.kind == "rename"]
+    command, verify, replacing, calls, renames = _planned(trial, 0.4)
+    expected, world = trial.baselines.expected(command, verify=verify), trial.world
     at = dice.choice([dice.randrange(len(calls)), max(renames) + dice.randrange(1, 4)])
     flags = ["--overwrite"] * replacing
     run = trial.run(line(command, "source", verify, *flags), Fault(at, "SIGKILL", CHANGES), stops=CHANGES)

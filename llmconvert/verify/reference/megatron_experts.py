@@ -6,7 +6,6 @@ Sources: Switch Transformers (arXiv:2101.03961), DeepSeekMoE (arXiv:2401.06066),
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from llmconvert.checkpoint.layer_lists import layer_list
 from llmconvert.errors import BadInput
 from llmconvert.verify.reference.shards import Chunk, Shards
 
@@ -28,33 +28,12 @@ def layers_with_experts(args: Mapping[str, Any], num_layers: int) -> list[bool]:
         return [False] * num_layers
     every = args.get("moe_layer_freq", 1)
     if isinstance(every, str):
-        every = _parsed(every)
+        every = layer_list(every)
     if isinstance(every, int):
         return [i % every == 0 for i in range(num_layers)]
     if len(every) != num_layers:
         raise BadInput(f"`moe_layer_freq` speaks of {len(every)} layers, `num_layers` of {num_layers}", where="args")
     return [bool(entry) for entry in every]
-
-
-def _parsed(text: str) -> Any:
-    """A number, or lists added and repeated, as Megatron-LM takes them on its command line."""
-
-    def value(node: ast.expr) -> Any:
-        match node:
-            case ast.Constant(value=int(number)):
-                return number
-            case ast.List(elts=entries):
-                return [value(entry) for entry in entries]
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return value(left) + value(right)
-            case ast.BinOp(left=left, op=ast.Mult(), right=right):
-                return value(left) * value(right)
-        raise ValueError(text)
-
-    try:
-        return value(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, TypeError):
-        raise BadInput(f"`moe_layer_freq` {text!r} is not understood", where="args") from None
 
 
 class MixtureOfExperts(nn.Module):
