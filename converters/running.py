@@ -102,7 +102,9 @@ def run(
         space = Workspace(destination, plan.run_identity(), resume=resume, restart=overwrite)
         spaces.append(space)
         if space.occupied:
-            return "", _with_rest(_finished(plan, destination, report, proving, workers, progress), space)
+            earlier = _finished(plan, destination, report, proving, workers, progress)
+            space.clear_up()
+            return "", _with_rest(earlier, space)
         with _discarding(space, _ANY if not space.done else ()):
             _check_space(plan, space)
             small.update(Executor(plan, space, workers, lambda count: None).prepare())
