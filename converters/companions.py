@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
 import os
+import stat
+import warnings
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +33,8 @@ _WEIGHTS = (
 )
 _TOKENIZER_FOLDERS = ("additional_chat_templates",)
 _LONGEST_MODULE = 1024 * 1024
+_FOLDER = "a folder: not part of the checkpoint"
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True)
@@ -56,13 +61,10 @@ class Companions:
         return replace(self, copies=kept, left={**self.left, **dict.fromkeys(taken, why)})
 
 
-def _tokenizer_modules(directory: Path, config: dict[str, Any]) -> set[str]:
+def _tokenizer_modules(directory: Path, root: Path, config: dict[str, Any]) -> set[str]:
     """Python files the tokenizer's `auto_map` needs, with those they import from beside them."""
     wanted: list[str] = []
-    settings = [config.get("auto_map")]
-    if (directory / "tokenizer_config.json").is_file():
-        settings.append(read_json(directory / "tokenizer_config.json").get("auto_map"))
-    for auto_map in settings:
+    for auto_map in (config.get("auto_map"), _tokenizer_settings(directory, root).get("auto_map")):
         entry = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else auto_map
         for reference in entry if isinstance(entry, list) else [entry]:
             if isinstance(reference, str) and "--" not in reference:
@@ -70,13 +72,16 @@ def _tokenizer_modules(directory: Path, config: dict[str, Any]) -> set[str]:
     found: set[str] = set()
     while wanted:
         name = wanted.pop()
-        if name in found or "/" in name or _why_not(directory, directory / name):
+        if name in found or "/" in name or "\0" in name or _look(root, directory / name)[1]:
             continue
         found.add(name)
+        with (directory / name).open("rb") as file:
+            code = file.read(_LONGEST_MODULE)
         try:
-            with (directory / name).open("rb") as file:
-                tree = ast.parse(file.read(_LONGEST_MODULE))
-        except (SyntaxError, ValueError, RecursionError, MemoryError, OSError):  # what it imports, nobody can tell
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of its style, which is not the user's
+                tree = ast.parse(code)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # what it imports, nobody can tell
             continue
         wanted += [
             f"{node.module}.py"
@@ -107,80 +112,90 @@ def companions(checkpoint: Checkpoint, *, within: Path | None = None) -> Compani
 
 def _companions(checkpoint: Checkpoint, root: Path) -> Companions:
     directory = checkpoint.path
-    needed = _tokenizer_modules(directory, checkpoint.config)
+    needed = _tokenizer_modules(directory, root, checkpoint.config)
     copies: dict[str, Path] = {}
     left: dict[str, str] = {}
     weights = set(checkpoint.files)
-    for path in sorted(directory.iterdir()):
-        name = path.name
-        if path.is_dir():
-            if name in _TOKENIZER_FOLDERS:
-                found = whole_folder(path, root)
+    for name in sorted(os.listdir(directory)):
+        path = directory / name
+        if name in ("config.json", MANIFEST, REPORT) or name.startswith(".") or name.endswith(".index.json"):
+            continue
+        kind, why = _look(root, path)
+        if kind == stat.S_IFDIR:
+            if name in _TOKENIZER_FOLDERS and why is None:
+                found = _flat_folder(path, root)
                 copies |= {f"{name}/{inner}": file for inner, file in found.copies.items()}
-                left |= {f"{name}/{inner}": why for inner, why in found.left.items()}
-            elif not name.startswith("."):
-                left[name + "/"] = "a folder: not part of the checkpoint"
-            continue
-        if name in ("config.json", MANIFEST, REPORT) or name.startswith("."):
-            continue
-        if name.endswith(".index.json"):
-            continue
-        if name.endswith(_WEIGHTS):
+                left |= {f"{name}/{inner}": reason for inner, reason in found.left.items()}
+            else:
+                left[f"{_told(name)}/"] = _FOLDER if why is None else why
+        elif name.endswith(_WEIGHTS):
             if path not in weights:
-                left[name] = "weights or training state that the checkpoint's index does not name"
-            continue
-        if name.endswith(".py") and name not in needed:
+                left[_told(name)] = "weights or training state that the checkpoint's index does not name"
+        elif why is not None:
+            left[_told(name)] = why
+        elif name.endswith(".py") and name not in needed:
             left[name] = "model code of the source architecture"
-            continue
-        why = _why_not(root, path)
-        if why is None:
-            copies[name] = path
         else:
-            left[name] = why
-    texts, notes = _tokenizer_map(checkpoint, needed)
+            copies[name] = path
+    texts, notes = _tokenizer_map(checkpoint, root, needed)
     return Companions({name: path for name, path in copies.items() if name not in texts}, left, texts, notes)
 
 
-def whole_folder(directory: Path, root: Path) -> Companions:
-    """Every file of a folder and its folders, by nested name; links stay behind where they leave `root`."""
+def _flat_folder(directory: Path, root: Path) -> Companions:
+    """The files of a folder; nobody looks into its folders."""
     copies: dict[str, Path] = {}
     left: dict[str, str] = {}
-    if directory.is_symlink() and _why_not(root, directory, folders=True):
-        return Companions({}, {"": "a symlink that leaves the checkpoint"})
-    for place, folders, files in os.walk(directory):
-        folders.sort()
-        inner = Path(place)
-        left |= {
-            f"{(inner / name).relative_to(directory)}/": "a symlink to a folder"
-            for name in folders if (inner / name).is_symlink()
-        }  # fmt: skip
-        for path in sorted(inner / name for name in files):
-            why = _why_not(root, path)
-            if why is None:
-                copies[str(path.relative_to(directory))] = path
-            else:
-                left[str(path.relative_to(directory))] = why
+    for name in sorted(os.listdir(directory)):
+        kind, why = _look(root, directory / name)
+        if kind == stat.S_IFDIR:
+            left[f"{_told(name)}/"] = _FOLDER if why is None else why
+        elif why is not None:
+            left[_told(name)] = why
+        else:
+            copies[name] = directory / name
     return Companions(copies, left)
 
 
-def _why_not(root: Path, path: Path, *, folders: bool = False) -> str | None:
-    """Why a file of the source is not copied; None if it is."""
+def _look(root: Path, path: Path) -> tuple[int, str | None]:
+    """What a file of the source is, its links followed (0 where they lead nowhere), and why it is not to be used, if so.
+
+    Raises:
+        OSError: the system refuses; a disk that fails for a moment is no reason to leave a file behind.
+    """
     try:
-        if not path.exists():
-            return "a symlink to nothing" if path.is_symlink() else "not there"
-        if not stays_inside(root, path):
-            return "a symlink that leaves the checkpoint"
-        return None if path.is_file() or (folders and path.is_dir()) else "no regular file"
-    except (OSError, RuntimeError):  # a loop of links; RuntimeError before Python 3.13
-        return "a symlink that leads nowhere"
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+        real = Path(os.path.realpath(path, strict=True))
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return 0, "a symlink that leads nowhere" if path.is_symlink() else "not there"
+        if error.errno == errno.EACCES and not stays_inside(root, path):
+            return 0, "a symlink that leaves the checkpoint"
+        raise
+    if not stays_inside(root, real):
+        return kind, "a symlink that leaves the checkpoint"
+    if kind not in (stat.S_IFREG, stat.S_IFDIR):
+        return kind, "no regular file"
+    if _told(path.name) != path.name:
+        return kind, "its name is not UTF-8, so that `llmconvert.json` cannot hold it"
+    return kind, None
 
 
-def _tokenizer_map(checkpoint: Checkpoint, needed: set[str]) -> tuple[dict[str, bytes], tuple[str, ...]]:
+def _told(name: str) -> str:
+    """A file's name as reports show it, whatever bytes it is made of."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _tokenizer_settings(directory: Path, root: Path) -> dict[str, Any]:
+    path = directory / "tokenizer_config.json"
+    kind, why = _look(root, path)
+    return read_json(path) if kind == stat.S_IFREG and why is None else {}
+
+
+def _tokenizer_map(checkpoint: Checkpoint, root: Path, needed: set[str]) -> tuple[dict[str, bytes], tuple[str, ...]]:
     """Move a tokenizer's `auto_map` entry from config.json, which is rewritten, to tokenizer_config.json."""
     auto_map = checkpoint.config.get("auto_map")
     entry = auto_map.get("AutoTokenizer") if isinstance(auto_map, dict) else None
-    path = checkpoint.path / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = _tokenizer_settings(checkpoint.path, root)
     if not entry or not needed or "auto_map" in settings:
         return {}, ()
     settings["auto_map"] = {"AutoTokenizer": entry if isinstance(entry, list) else [entry, None]}

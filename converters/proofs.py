@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmconvert.checkpoint.dtypes import TO_NAME
-from llmconvert.engine.manifest import REPORT
+from llmconvert.engine.manifest import REPORT, encoded
 from llmconvert.engine.plan import Plan
 from llmconvert.engine.tree import Tree
 from llmconvert.errors import LlmconvertError, ProofFailed, Refused, Usage
@@ -180,7 +180,7 @@ def write_record(tree: Tree, record: Mapping[str, Any]) -> None:
         "logits": {key: value for key, value in logits.items() if key != "seconds"} if logits else None,
     }
     text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
-    tree.write(REPORT, (text + "\n").encode(errors="backslashreplace"))
+    tree.write(REPORT, encoded(text + "\n"))
 
 
 def require_logits(logits: Mapping[str, Any], source: Path, output: Path) -> None:

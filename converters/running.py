@@ -107,7 +107,9 @@ def run(
         space = Workspace(destination, plan.run_identity(), resume=resume, restart=overwrite)
         spaces.append(space)
         if space.occupied:
-            return "", _with_rest(_finished(plan, destination, report, proving, workers, progress), space)
+            earlier = _finished(plan, destination, report, proving, workers, progress)
+            space.clear_up()
+            return "", _with_rest(earlier, space)
         with _discarding(space, _ANY if not space.done else ()):
             if proving.verify != NONE and total > _LONG and "config.json" in plan.texts:
                 prove_plan(plan)

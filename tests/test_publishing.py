@@ -32,6 +32,8 @@ from llmconvert.engine import journal, rename
 from llmconvert.engine.held import lock_file
 from llmconvert.engine.journal import Workspace, work_directory
 from llmconvert.engine.manifest import check
+from llmconvert.engine.publish import check_destination
+from llmconvert.engine.tree import Tree
 from llmconvert.errors import BadInput, InputOutput, ProofFailed, Refused, Usage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,6 +311,166 @@ def test_a_kill_leaves_the_old_or_the_new(sources: Path, tmp_path: Path, how: st
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst"]
 
 
+class _Calls:
+    """Calls that rename and remove, once a run publishes or clears up: it is killed at one of them.
+
+    Folders are listed in the worst order: what tells a folder's other files from a stranger's goes first, and what tells
+    of the run goes last.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.at, self.count = 0, 0
+        for name in ("unlink", "rmdir", "rename"):
+            monkeypatch.setattr(os, name, self._dying(getattr(os, name)))
+        monkeypatch.setattr(rename, "rename_with", self._dying(rename.rename_with))
+        listdir, require = os.listdir, Workspace.require
+        worst = ("llmconvert.json", "config.json")
+
+        def listed(*where: int) -> list[str]:
+            return sorted(listdir(*where), key=lambda name: (name == "run.json", name not in worst, name))
+
+        def required(space: Workspace) -> None:
+            require(space)
+            self.count = 0
+
+        monkeypatch.setattr(os, "listdir", listed)
+        monkeypatch.setattr(Workspace, "require", required)
+
+    def _dying(self, real: Callable[..., None]) -> Callable[..., None]:
+        def call(*arguments: object, **named: object) -> None:
+            self.count += 1
+            if self.count == self.at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*arguments, **named)
+
+        return call
+
+    def killed(self, at: int, act: Callable[[], object], *, waits: bool = False) -> bool:
+        """Whether a process that does this is killed at that call, rather than done before.
+
+        Args:
+            at: the call's number, from 1 on.
+            act: what is done.
+            waits: calls count from where a run is about to publish.
+        """
+        pid = os.fork()
+        if not pid:
+            self.at, self.count = at, -100_000 if waits else 0
+            with suppress(Exception):
+                act()
+            os._exit(0)
+        return os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+def _overwrite(command: str, source: Path, destination: Path) -> None:
+    options = {"overwrite": True, "verify": "none", "sync": False, "workers": 1}
+    if command == "convert":
+        _convert(source, destination, **options)
+    else:
+        split_checkpoint(source, destination, Grid(tp=2), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("command", ["convert", "split"])
+def test_a_kill_at_any_step_of_replacing_and_removing(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, exchanges: bool
+) -> None:
+    """And at one after the other while the next runs clear up."""
+    if not exchanges:
+        monkeypatch.setattr(rename, "_function", lambda: None)
+    states = {}
+    for name in "ab":
+        _overwrite(command, sources / name, tmp_path / f"{name}-out")
+        states[name] = _snapshot(tmp_path / f"{name}-out")
+    destination, work = tmp_path / "dst", work_directory(tmp_path / "dst")
+    calls, at, published = _Calls(monkeypatch), 1, 0
+    while True:
+        for path in (destination, work):
+            shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(tmp_path / "b-out", destination)
+        if not calls.killed(at, lambda: _overwrite(command, sources / "a", destination), waits=True):
+            break
+        step = 1
+        while calls.killed(step, lambda: check_destination(sources / "a", destination, overwrite=False)):
+            step += 1
+        with pytest.raises(Usage, match="not empty"):
+            check_destination(sources / "a", destination, overwrite=False)
+        there = _snapshot(destination)
+        assert there in states.values(), at
+        if there == states["a"]:
+            assert not work.exists(), at
+            published += 1
+        at += 1
+    assert published > len(states["b"]) > 6
+    assert _snapshot(destination) == states["a"] and not work.exists()
+
+
+LOST: dict[str, Callable[[Path], object]] = {
+    "the record": lambda work: (work / "run.json").unlink(),
+    "what the record says": lambda work: (work / "run.json").write_bytes(bytes((work / "run.json").stat().st_size)),
+    "the journal": lambda work: [path.write_bytes(b"") for path in work.glob("journal-*")],
+    "nothing": lambda work: None,
+}
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("lost", LOST)
+def test_what_a_loss_of_power_leaves_goes_with_the_next_run(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: str, exchanges: bool
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(rename, "_function", lambda: None)
+    destination, work = tmp_path / "dst", work_directory(tmp_path / "dst")
+    shutil.copytree(sources / "b-out", destination)
+    real = Tree.rename
+
+    def end(tree: Tree, name: str, new: str) -> None:
+        if new == journal.DISCARDED:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(tree, name, new)
+
+    monkeypatch.setattr(Tree, "rename", end)
+    assert _Calls(monkeypatch).killed(0, lambda: _overwrite("convert", sources / "a", destination))
+    monkeypatch.undo()
+    assert _tensors(destination) == _tensors(sources / "a-out") and work.exists()
+    LOST[lost](work)
+    assert _convert(sources / "a", destination, resume=True, verify="none").unchanged
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dst"]
+
+
+def test_an_unfinished_run_beside_its_own_result_goes(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody gave the destination the same result another way; a run of another kind is another's."""
+    _stop_half_way(monkeypatch, sources / "a", tmp_path / "dst")
+    shutil.copytree(sources / "a-out", tmp_path / "dst")
+    report = _convert(sources / "a", tmp_path / "dst", resume=True)
+    assert report.unchanged and sorted(path.name for path in tmp_path.iterdir()) == ["dst"]
+    shutil.rmtree(tmp_path / "dst")
+    _stop_half_way(monkeypatch, sources / "b", tmp_path / "dst")
+    shutil.copytree(sources / "a-out", tmp_path / "dst")
+    report = _convert(sources / "a", tmp_path / "dst", resume=True)
+    work = work_directory(tmp_path / "dst")
+    assert report.unchanged and work.exists() and str(work) in report.notes[-1]
+
+
+def test_what_says_which_directory_is_which_is_on_the_disk_before_it_is_published(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    _convert(sources / "a", tmp_path / "dst")
+    at = done.index("output")
+    assert done[at + 1 : at + 3] == ["run.json", work_directory(tmp_path / "dst").name]
+    assert {"model.safetensors", "config.json", "llmconvert.json"} <= set(done[:at]) and done[-1] == tmp_path.name
+
+
 def test_an_unfinished_run_is_resumed_as_it_was_begun(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -509,7 +671,11 @@ def test_the_whole_output_replaced_by_a_link(
     output.symlink_to(victim)
     with pytest.raises(Usage, match="not its own") as caught:
         _convert(sources / "a", tmp_path / "dst", resume=True)
-    assert f"rm {output}" in (caught.value.hint or "") and _snapshot(victim).keys() == {"precious"}
+    assert caught.value.where == str(output) and caught.value.exit_code == 2
+    assert f"rm {output}" in (caught.value.hint or "") and "--overwrite" in (caught.value.hint or "")
+    _convert(sources / "a", tmp_path / "dst", overwrite=True)
+    assert _snapshot(tmp_path / "dst") == _snapshot(sources / "a-out")
+    assert _snapshot(victim).keys() == {"precious"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to others")
@@ -590,12 +756,15 @@ def test_links_that_leave_the_source_stay_behind(sources: Path, tmp_path: Path, 
     (source / "additional_chat_templates" / "y").symlink_to(victim)
     (source / "vocab.txt").symlink_to(victim / "nothing")
     (source / "merges.txt").symlink_to("merges.txt")
-    report = _convert(source, tmp_path / "dst")
+    with pytest.raises(ProofFailed, match="chat template"):  # transformers does follow `x.jinja`
+        _convert(source, tmp_path / "dst")
+    report = _convert(source, tmp_path / "dst", verify="none")
     assert report.not_carried == {
         "additional_chat_templates/x.jinja": "a symlink that leaves the checkpoint",
-        "additional_chat_templates/y/": "a symlink to a folder",
-        "vocab.txt": "a symlink to nothing", "merges.txt": "a symlink to nothing",
-    } or report.not_carried["merges.txt"] == "a symlink that leads nowhere"  # fmt: skip
+        "additional_chat_templates/y/": "a symlink that leaves the checkpoint",
+        "vocab.txt": "a symlink that leads nowhere",
+        "merges.txt": "a symlink that leads nowhere",
+    }
     names = set(_snapshot(tmp_path / "dst"))
     assert "additional_chat_templates/rag.jinja" in names and len(names) == len(_snapshot(sources / "a-out")) + 1
     check(tmp_path / "dst")
@@ -624,7 +793,7 @@ def test_links_beside_shards(sources: Path, tmp_path: Path, victim: Path, kind: 
     assert "secret" not in {path.name for path in (tmp_path / "merged").iterdir()} and "secret" in merged.not_carried
     again = reshard_checkpoint(ranks, tmp_path / "again", Grid(tp=2), verify="none", workers=1)
     assert not (tmp_path / "again" / "hf" / "secret").exists()
-    assert any(name.startswith("hf/") for name in again.not_carried)
+    assert "secret" in again.not_carried
 
 
 # -- resuming ------------------------------------------------------------------------------------

@@ -264,9 +264,9 @@ def _flock(descriptor: int, output: Path, *, optional: bool = False) -> None:
         raise
 
 
-def planted(what: str, path: Path, command: str) -> Usage:
-    """The refusal of something that has a name of llmconvert's own, and the command that removes it."""
+def planted(what: str, path: Path, command: str, instead: str = "name another destination") -> Usage:
+    """The refusal of something that has a name of llmconvert's own, the command that removes it, and another way out."""
     return Usage(
         f"what has the name of llmconvert's own file is not its own: {what}", where=str(path),
-        hint=f"look at it, then `{command} {path}`, or name another destination",
+        hint=f"look at it, then `{command} {path}`, or {instead}",
     )  # fmt: skip

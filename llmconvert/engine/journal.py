@@ -83,12 +83,24 @@ def _settle(held: Held) -> dict[str, Any] | None:
         swapped = there is not None and identity_of(there) == (tree.identity[0], record["output"])
         if not swapped and tree.stat(OUTPUT) is not None:
             return record
-        for left in (OUTPUT, REPLACED):
-            if tree.stat(left) is not None:
-                with tree.folder(left) as former:
-                    _require_known(former)
+        _discard_former(tree, OUTPUT, REPLACED)
         held.remove()
     return None
+
+
+def _discard_former(tree: Tree, *names: str) -> None:
+    """Look at what a destination was, and rename it: it is not looked at again when half of it is gone.
+
+    Raises:
+        Usage: a file nobody knows lies in it.
+        OSError: the system refuses.
+    """
+    for name in names:
+        if tree.stat(name) is not None:
+            with tree.folder(name) as former:
+                _require_known(former)
+            tree.remove(DISCARDED)
+            tree.rename(name, DISCARDED)
 
 
 def _unknown(tree: Tree) -> list[str]:
@@ -165,6 +177,7 @@ class Workspace:
         self._work: Tree | None = None
         self._output: Tree | None = None
         self._rank = rank
+        self._foreign = False
         try:
             if rank:
                 self._join()
@@ -196,6 +209,7 @@ class Workspace:
             self.replaces |= record["replaces"]
         self.occupied = self._is_occupied(resume=resume)
         if self.occupied:
+            self._foreign = record is not None and not same
             return
         if record is not None and not resume and not restart:
             raise Usage(
@@ -218,7 +232,8 @@ class Workspace:
             except OSError as error:
                 if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                     raise
-                raise planted("it is a link or no directory", self.path, "rm") from None
+                instead = "start anew with `--overwrite`, which removes it and not what it leads to"
+                raise planted("it is a link or no directory", self.path, "rm", instead) from None
             self._record()
             if resume and same:
                 self.done = self._read_journals()
@@ -349,6 +364,34 @@ class Workspace:
             if odd:
                 what = "removed" if odd[0] in self.names else "added"
                 raise InputOutput(f"another program {what} `{odd[0]}` while this run worked", where=str(self.path))
+
+    def clear_up(self) -> None:
+        """Remove what is left beside a destination that is this run's result already, as far as that is safe.
+
+        An unfinished run of another kind stays, and so does a former destination with a file nobody knows.
+        """
+        tree = self.held.tree
+        if tree is None or self._foreign:
+            return
+        with suppress(OSError, LlmconvertError):
+            _discard_former(tree, REPLACED)
+            if not _unknown(tree):
+                self.held.remove()
+
+    def sync(self) -> None:
+        """Have the disk confirm the output, and the record of which directory it is.
+
+        Raises:
+            OSError: the system refuses.
+        """
+        self.tree.sync()
+        assert self._work is not None
+        descriptor = self._work.open(_RUN, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.fsync(self._work.descriptor)
 
     def discard(self) -> None:
         """Remove the whole work directory, as far as the disk lets it."""

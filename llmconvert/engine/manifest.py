@@ -27,6 +27,7 @@ MANIFEST = "llmconvert.json"
 REPORT = "llmconvert-report.json"
 """What was proved of an output."""
 
+_HALF = re.compile("[\ud800-\udfff]")
 _DIGEST, _OUTSIDE = "xxh3_128", "outside_tensors_xxh3_128"
 _UNREAD = re.compile(r"[^/]*\.md|\.git(attributes|ignore)|\.DS_Store|\.(git|cache)/.*")
 """What may be added to an output without making it another: repositories and downloads leave it, no loader reads it."""
@@ -125,7 +126,16 @@ def build(
         "files": files,
         "tensors": tensor_entries(plan, checksums),
     }
-    return (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    return encoded(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+
+
+def encoded(text: str) -> bytes:
+    """A JSON text's bytes, which any reader takes.
+
+    Half of a surrogate pair stands in Python for a byte of a path that is not UTF-8. No JSON can hold it: what is written
+    instead is its number, as text.
+    """
+    return _HALF.sub(lambda half: f"\\\\u{ord(half[0]):04x}", text).encode()
 
 
 def _files(plan: Plan, tree: Tree) -> Files:

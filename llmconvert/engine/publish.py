@@ -108,7 +108,7 @@ def publish(space: Workspace, *, sync: bool = True) -> None:
     """
     with writing(space.destination):
         if sync:
-            space.tree.sync()
+            space.sync()
         space.require()
         work, parent, name = space.held.make(), space.held.parent, space.destination.name
         if space.before is not None and not space.before[1]:
@@ -168,7 +168,9 @@ def _replace(space: Workspace, work: Tree, parent: Tree, name: str) -> None:
         with suppress(FileExistsError):  # an interrupt just after the last rename: the name is the output's
             back(work, aside, parent, name)
         raise
-    work.rename(aside, DISCARDED)  # so that it need not be looked at again when half of it is gone
+    with suppress(OSError):  # all is published: what cannot be cleared away now is named
+        work.remove(DISCARDED)
+        work.rename(aside, DISCARDED)  # so that it need not be looked at again when half of it is gone
 
 
 def _appeared(space: Workspace) -> Usage:
