@@ -23,19 +23,22 @@ ROTARY = (
 
 PLAIN_HEAD = (Sign(no_code="NormHead"), Sign(values={"vocab_size": 64_000}))
 
+ROTATED = (
+    Field("max_position_embeddings", "max_position_embeddings", aliases=("model_max_length",), default=4096),
+    Rope(fixed=10_000.0, scaling=()),
+    HeadDim(None),
+    Fixed("num_key_value_heads", "=num_attention_heads"),
+    Fixed("qkv_bias o_bias mlp_bias alibi", False),
+)
+"""Settings of the 7B models."""
+
 SPEC = Spec(
     name="baichuan",
     title="Baichuan 7B",
     family="baichuan",
     model_types=("baichuan",),
     architectures=("BaiChuanForCausalLM",),
-    config=(
-        Field("max_position_embeddings", "max_position_embeddings", aliases=("model_max_length",), default=4096),
-        Rope(fixed=10_000.0, scaling=()),
-        HeadDim(None),
-        Fixed("num_key_value_heads", "=num_attention_heads"),
-        Fixed("qkv_bias o_bias mlp_bias norm_head alibi", False),
-    ),
+    config=(*ROTATED, Fixed("norm_head", False)),
     weights=(row("model.layers.{i}.self_attn.W_pack.{p}", Q, K, V),),
     drops=(Drop(INV_FREQ, "recomputed from the config"),),
     holds=frozenset({"activation", "tied_embeddings"}),

@@ -6,7 +6,7 @@ Source: modeling_baichuan.py and configuration_baichuan.py published with baichu
 from dataclasses import replace
 
 from llmconvert.spec.language import Fixed
-from llmconvert.specs.baichuan import ROTARY
+from llmconvert.specs.baichuan import ROTARY, ROTATED
 from llmconvert.specs.baichuan import SPEC as BAICHUAN
 
 SPEC = replace(
@@ -14,11 +14,7 @@ SPEC = replace(
     name="baichuan2",
     title="Baichuan2 7B",
     architectures=("BaichuanForCausalLM",),
-    config=(
-        *(field for field in BAICHUAN.config if "norm_head" not in field.attributes),
-        Fixed("norm_head", True),
-        Fixed("qkv_bias o_bias mlp_bias alibi", False),
-    ),
+    config=(*ROTATED, Fixed("norm_head", True)),
     always=frozenset({"norm_head"}),
     signs=(ROTARY,),
     told={"position_embedding": "ROPE", "norm_head": True},

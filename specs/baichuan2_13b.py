@@ -6,7 +6,7 @@ Source: modeling_baichuan.py published with baichuan-inc/Baichuan2-13B-Base, whi
 from dataclasses import replace
 
 from llmconvert.spec.language import Fixed, Sign
-from llmconvert.specs.baichuan_13b import ALIBI
+from llmconvert.specs.baichuan_13b import ALIBI, BIASED
 from llmconvert.specs.baichuan_13b import SPEC as BAICHUAN
 
 NORM_HEAD = (Sign(code="NormHead"), Sign(values={"vocab_size": 125_696}), Sign(present=("z_loss_weight",)))
@@ -15,11 +15,7 @@ SPEC = replace(
     BAICHUAN,
     name="baichuan2_13b",
     title="Baichuan2 13B",
-    config=(
-        *(field for field in BAICHUAN.config if "norm_head" not in field.attributes),
-        Fixed("norm_head", True),
-        Fixed("qkv_bias o_bias mlp_bias", False),
-    ),
+    config=(*BIASED, Fixed("norm_head", True)),
     always=frozenset({"alibi", "norm_head"}),
     signs=(ALIBI, NORM_HEAD),
     told={"position_embedding": "ALIBI", "norm_head": True},

@@ -17,19 +17,22 @@ ALIBI = (
     Sign(present=("gradient_checkpointing",), absent=("max_position_embeddings",), unlike=(SEVEN,)),
 )
 
+BIASED = (
+    Field("max_position_embeddings", "model_max_length", aliases=("max_position_embeddings",), default=4096),
+    Rope(fixed=10_000.0, scaling=()),
+    HeadDim(None),
+    Fixed("num_key_value_heads", "=num_attention_heads"),
+    Fixed("qkv_bias o_bias mlp_bias", False),
+    Fixed("alibi", True),
+)
+"""Settings of the 13B models, whose attention scores are biased by distance."""
+
 SPEC = replace(
     BAICHUAN,
     name="baichuan_13b",
     title="Baichuan 13B",
     architectures=("BaichuanForCausalLM",),
-    config=(
-        Field("max_position_embeddings", "model_max_length", aliases=("max_position_embeddings",), default=4096),
-        Rope(fixed=10_000.0, scaling=()),
-        HeadDim(None),
-        Fixed("num_key_value_heads", "=num_attention_heads"),
-        Fixed("qkv_bias o_bias mlp_bias norm_head", False),
-        Fixed("alibi", True),
-    ),
+    config=(*BIASED, Fixed("norm_head", False)),
     drops=(),
     always=frozenset({"alibi"}),
     signs=(ALIBI, PLAIN_HEAD),

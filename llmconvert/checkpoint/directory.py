@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import stat
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llmconvert.checkpoint.config import read_config
-from llmconvert.checkpoint.files import check_inside, shown
+from llmconvert.checkpoint.files import check_inside, opened, shown
 from llmconvert.checkpoint.files import read_json as read_json
 from llmconvert.checkpoint.files import stays_inside as stays_inside
 from llmconvert.checkpoint.hub import download, what_is_there
@@ -113,16 +112,17 @@ def _open_sharded(directory: Path, index: str) -> tuple[dict[str, StoredTensor],
     return tensors, notes
 
 
-def is_pointer(path: Path) -> bool:
-    """Whether a file is a Git LFS pointer: a note of where the file is, left by a clone without `git lfs`."""
-    try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode) or not 0 < found.st_size <= _POINTER_BYTES:
-            return False
-        with path.open("rb") as file:
-            return file.read(len(_POINTER)) == _POINTER
-    except OSError:
-        return False
+def is_pointer(directory: Path, name: str) -> bool:
+    """Whether a file is a Git LFS pointer: a note of where the file is, left by a clone without `git lfs`.
+
+    Raises:
+        InputOutput: the system does not let it be read.
+    """
+    path = directory / name
+    if not path.is_file() or not stays_inside(directory, path):
+        return False  # whoever needs it says so
+    with opened(path, inside=directory) as file:
+        return os.fstat(file.fileno()).st_size <= _POINTER_BYTES and file.read(len(_POINTER)) == _POINTER
 
 
 def refuse_pointers(directory: Path, names: Iterable[str]) -> None:
@@ -131,7 +131,7 @@ def refuse_pointers(directory: Path, names: Iterable[str]) -> None:
     Raises:
         BadInput: naming them.
     """
-    found = sorted(name for name in names if is_pointer(directory / name))
+    found = sorted(name for name in names if is_pointer(directory, name))
     if found:
         several = f"{listing(found)} are Git LFS pointers, not the files themselves"
         raise BadInput(

@@ -38,10 +38,19 @@ Program = Callable[[list[str]], None]
 
 
 def command_line(arguments: list[str]) -> None:
-    """The program under attack."""
+    """The program under attack, where torch and transformers are not installed: they start threads, and runs are forks.
+
+    What they load of a result, the oracle has them load. `infer` starts processes of its own for them.
+    """
     from llmconvert.cli.app import main
 
-    main(arguments)
+    hidden = set() if arguments[:1] == ["infer"] else {"torch", "transformers"}
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        main(arguments)
+    finally:
+        for name in hidden:
+            sys.modules.pop(name, None)
 
 
 def warm(source: Path, folder: Path) -> None:
