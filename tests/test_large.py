@@ -156,7 +156,7 @@ def test_further_token_layers_are_kept_or_told(tmp_path: Path) -> None:
 SENSELESS = [
     ("deepseek_v3", {"num_experts_per_tok": 9}, BadInput), ("deepseek_v3", {"n_group": 3}, BadInput),
     ("deepseek_v3", {"topk_group": 5}, BadInput), ("deepseek_v3", {"scoring_func": "softmax"}, Refused),
-    ("deepseek_v3", {"rope_interleave": False}, Refused), ("deepseek_v3", {"attention_bias": True}, Refused),
+    ("deepseek_v3", {"rope_interleave": False}, Refused), ("deepseek_v3", {"attention_bias": True}, BadInput),
     ("deepseek_v2", {"norm_topk_prob": True}, Refused), ("deepseek_moe", {"moe_layer_freq": 2}, Refused),
     ("deepseek_v3", {"n_routed_experts": 7}, BadInput), ("deepseek_v3", {"kv_lora_rank": None}, BadInput),
     ("qwen2_moe", {"num_experts": -4}, BadInput), ("glm4_moe", {"n_shared_experts": 3}, BadInput),

@@ -130,8 +130,16 @@ class LayerwiseModel:
         for name, buffer in self.module.named_buffers():
             owner, _, leaf = name.rpartition(".")
             stored = self._weights.read(name) if name in self._weights.shapes else buffer
-            kind = buffer.dtype if buffer.dtype.is_floating_point else stored.dtype
+            kind = self._kind(name, buffer.dtype) if buffer.dtype.is_floating_point else stored.dtype
             self.module.get_submodule(owner)._buffers[leaf] = stored.to(self.device, kind)
+
+    def _kind(self, name: str, otherwise: torch.dtype) -> torch.dtype:
+        """What a tensor is held in: float32 where the class insists on it (routers' biases)."""
+        wide: set[str] = set(getattr(self.module, "_keep_in_fp32_modules_strict", None) or ())
+        if self.dtype == torch.float16:
+            wide |= set(getattr(self.module, "_keep_in_fp32_modules", None) or ())
+        insists = self.dtype in (torch.float16, torch.bfloat16) and any(f".{part}." in f".{name}." for part in wide)
+        return torch.float32 if insists else otherwise
 
     def tensors_of(self, module: nn.Module) -> list[str]:
         """The stored tensors' names behind a module's parameters, and behind its buffers where they are stored."""
@@ -191,7 +199,7 @@ class LayerwiseModel:
 
     def _read(self, name: str, weights: Weights | None = None) -> nn.Parameter:
         with torch._C.DisableTorchFunction():  # a file's float32 is float32 whatever the arithmetic
-            tensor = (weights or self._weights).read(name).to(self.device, self.dtype)
+            tensor = (weights or self._weights).read(name).to(self.device, self._kind(name, self.dtype))
         (name,) = self._files.stored(name) if len(self._files.stored(name)) == 1 else (name,)
         if name not in self.norms:
             # In pieces: torch widens what it is given before it sums.
