@@ -23,6 +23,13 @@ ROTARY = (
 
 PLAIN_HEAD = (Sign(no_code="NormHead"), Sign(values={"vocab_size": 64_000}))
 
+FIELDS = (
+    Field("max_position_embeddings", "max_position_embeddings", aliases=("model_max_length",), default=4096),
+    Rope(fixed=10_000.0, scaling=()),
+    HeadDim(None),
+    Fixed("num_key_value_heads", "=num_attention_heads"),
+)
+
 SPEC = Spec(
     name="baichuan",
     title="Baichuan 7B",
@@ -30,10 +37,7 @@ SPEC = Spec(
     model_types=("baichuan",),
     architectures=("BaiChuanForCausalLM",),
     config=(
-        Field("max_position_embeddings", "max_position_embeddings", aliases=("model_max_length",), default=4096),
-        Rope(fixed=10_000.0, scaling=()),
-        HeadDim(None),
-        Fixed("num_key_value_heads", "=num_attention_heads"),
+        *FIELDS,
         Fixed("qkv_bias o_bias mlp_bias norm_head alibi", False),
     ),
     weights=(row("model.layers.{i}.self_attn.W_pack.{p}", Q, K, V),),

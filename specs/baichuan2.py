@@ -7,7 +7,7 @@ pass overwrites the head's weight by the normalised one, and with it the embeddi
 from dataclasses import replace
 
 from llmconvert.spec.language import Fixed
-from llmconvert.specs.baichuan import ROTARY
+from llmconvert.specs.baichuan import FIELDS, ROTARY
 from llmconvert.specs.baichuan import SPEC as BAICHUAN
 
 SPEC = replace(
@@ -16,7 +16,7 @@ SPEC = replace(
     title="Baichuan2 7B",
     architectures=("BaichuanForCausalLM",),
     config=(
-        *(field for field in BAICHUAN.config if "norm_head" not in field.attributes),
+        *FIELDS,
         Fixed("norm_head", True),
         Fixed("qkv_bias o_bias mlp_bias alibi", False),
     ),

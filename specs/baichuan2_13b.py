@@ -7,7 +7,7 @@ As in Baichuan2 7B, a tied head is refused.
 from dataclasses import replace
 
 from llmconvert.spec.language import Fixed, Sign
-from llmconvert.specs.baichuan_13b import ALIBI
+from llmconvert.specs.baichuan_13b import ALIBI, FIELDS
 from llmconvert.specs.baichuan_13b import SPEC as BAICHUAN
 
 NORM_HEAD = (Sign(code="NormHead"), Sign(values={"vocab_size": 125_696}), Sign(present=("z_loss_weight",)))
@@ -17,7 +17,7 @@ SPEC = replace(
     name="baichuan2_13b",
     title="Baichuan2 13B",
     config=(
-        *(field for field in BAICHUAN.config if "norm_head" not in field.attributes),
+        *FIELDS,
         Fixed("norm_head", True),
         Fixed("qkv_bias o_bias mlp_bias", False),
     ),

@@ -17,18 +17,22 @@ ALIBI = (
     Sign(present=("gradient_checkpointing",), absent=("max_position_embeddings",), unlike=(SEVEN,)),
 )
 
+FIELDS = (
+    Field("max_position_embeddings", "model_max_length", aliases=("max_position_embeddings",), default=4096),
+    Rope(fixed=10_000.0, scaling=()),
+    HeadDim(None),
+    Fixed("num_key_value_heads", "=num_attention_heads"),
+    Fixed("alibi", True),
+)
+
 SPEC = replace(
     BAICHUAN,
     name="baichuan_13b",
     title="Baichuan 13B",
     architectures=("BaichuanForCausalLM",),
     config=(
-        Field("max_position_embeddings", "model_max_length", aliases=("max_position_embeddings",), default=4096),
-        Rope(fixed=10_000.0, scaling=()),
-        HeadDim(None),
-        Fixed("num_key_value_heads", "=num_attention_heads"),
+        *FIELDS,
         Fixed("qkv_bias o_bias mlp_bias norm_head", False),
-        Fixed("alibi", True),
     ),
     drops=(),
     always=frozenset({"alibi"}),

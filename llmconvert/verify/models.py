@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -317,8 +318,8 @@ def _check_temperature(model: nn.Module, directory: Path) -> None:
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if config.get("model_type") != "deepseek_v2" or not scaling.get("mscale_all_dim") or scaling.get("factor", 1) <= 1:
         return
-    found = next((module for module in model.modules() if hasattr(module, "qk_head_dim")), None)
-    if found is not None and float(found.scaling) == found.qk_head_dim**-0.5:
+    attention: Any = next((module for module in model.modules() if hasattr(module, "qk_head_dim")), None)
+    if attention is not None and math.isclose(attention.scaling, attention.qk_head_dim**-0.5):
         raise Refused(
             "this release of transformers leaves YaRN's temperature (`mscale_all_dim`) out of DeepSeek-V2's attention, "
             "and computes another model than its published code",
