@@ -4,7 +4,7 @@ Source: modeling_internlm2.py published with internlm/internlm2-7b.
 """
 
 from llmconvert.canonical.model import DOWN, EMBED, GATE, HEAD, INPUT_NORM, POST_NORM, UP, K, O, Q, V
-from llmconvert.spec.language import Field, HeadDim, Spec, row
+from llmconvert.spec.language import Field, Fixed, HeadDim, Spec, row
 from llmconvert.spec.rope import Rope
 
 SPEC = Spec(
@@ -17,7 +17,7 @@ SPEC = Spec(
         HeadDim(None),
         Rope(scaling=("dynamic", "linear"), two_keys=True),
         Field("qkv_bias o_bias", "bias", default=True),
-        Field("mlp_bias", "mlp_bias", default=False),
+        Fixed("mlp_bias", False, keys=("mlp_bias",)),
     ),
     weights=(
         row("model.tok_embeddings.{p}", EMBED),

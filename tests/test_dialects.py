@@ -151,6 +151,34 @@ def test_tied_models_come_home_tied(arch: str, tmp_path: Path) -> None:
     assert all(torch.equal(before[name], after[name]) for name in after)
 
 
+def test_a_null_where_true_is_the_default_is_false(tmp_path: Path) -> None:
+    """transformers' `if self.norm_topk_prob` and the published code's take it so."""
+    source = checkpoints.make("moonlight", tmp_path / "src", norm_topk_prob=None)
+    report = convert(source, tmp_path / "dst", to="canonical")
+    assert report.config["norm_topk_prob"] is False and report.logits is not None and report.logits["verdict"]
+
+
+@pytest.mark.parametrize("arch, key", [
+    ("moonlight", "rope_interleave"), ("glm", "partial_rotary_factor"), ("glm4", "partial_rotary_factor"),
+    ("qwen", "scale_attn_weights"), ("chatglm2", "rmsnorm"),
+])  # fmt: skip
+def test_a_null_that_readers_take_for_another_model_is_refused(arch: str, key: str, tmp_path: Path) -> None:
+    source = checkpoints.make(arch, tmp_path / "src")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {key: None}))
+    with pytest.raises(Refused, match=f"`{key}`.* null"):
+        plan_conversion(source, "canonical")
+
+
+@pytest.mark.parametrize("arch, spec", [("baichuan2", "baichuan2"), ("baichuan_13b", "baichuan2_13b")])
+def test_a_tied_head_that_the_published_code_normalises_is_refused(arch: str, spec: str, tmp_path: Path) -> None:
+    """Its first forward pass overwrites the head, and so the embedding of every later one."""
+    source = checkpoints.make(arch, tmp_path / "src", tie_word_embeddings=True, norm_head=True, position_embedding=
+                              "ROPE" if arch == "baichuan2" else "ALIBI")  # fmt: skip
+    with pytest.raises(Refused, match="tie_word_embeddings"):
+        plan_conversion(source, "canonical", source_name=spec)
+
+
 BAICHUAN = {key: value for key, value in checkpoints.REMOTE["baichuan"].items() if key != "max_position_embeddings"}
 BAICHUAN |= {"architectures": ["BaichuanForCausalLM"], "model_max_length": 256}
 MAP = {"auto_map": {"AutoModelForCausalLM": "modeling_baichuan.BaichuanForCausalLM"}}

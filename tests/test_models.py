@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmconvert.canonical.model import CanonicalConfig
 from llmconvert.converters.huggingface import convert
-from llmconvert.errors import Usage
+from llmconvert.errors import Refused, Usage
 from llmconvert.models import CanonicalForCausalLM, CanonicalForRewardModel, CanonicalModelConfig
 from llmconvert.models.devices import layer_device_map, set_device
 from llmconvert.models.modeling_canonical import choose_attention, last_tokens
@@ -478,3 +478,15 @@ def test_what_the_class_cannot_load_is_said(tmp_path: Path) -> None:
     _, alibi = _make("baichuan_13b", tmp_path / "b")
     with pytest.raises(ValueError, match="ALiBi"):
         CanonicalForCausalLM.from_pretrained(alibi, attn_implementation="flash_attention_2")
+
+
+def test_deepseek_v2_with_the_temperature_of_yarn(tmp_path: Path) -> None:
+    """transformers 4.57 leaves it out: nothing there can say whether the canonical model is right, which it is under 5."""
+    scaling = {"type": "yarn", "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707, "beta_fast": 32, "beta_slow": 1,
+               "original_max_position_embeddings": 64}  # fmt: skip
+    source = checkpoints.make("deepseek_v2", tmp_path / "src")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rope_scaling": scaling}))
+    with pytest.raises(Refused, match="temperature") if transformers.__version__ < "5" else nullcontext():
+        report = convert(source, tmp_path / "dst", to="canonical")
+        assert report.logits is not None and report.logits["verdict"]

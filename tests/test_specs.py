@@ -10,7 +10,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 
-from llmconvert.canonical.model import TRAITS, K, Q, V
+from llmconvert.canonical.model import GATE, TRAITS, K, Q, V
 from llmconvert.converters.huggingface import convert
 from llmconvert.converters.matrix import matrix
 from llmconvert.errors import BadInput, Refused
@@ -34,6 +34,10 @@ FAULTS = {
     "unknown trait": (dict(holds=frozenset({"magic"})), "not a trait"),
     "impossible trait": (dict(coupled=(("moe", "mla"),)), "no lowering adds"),
     "unknown attribute": (dict(config=(Field("widths", "w"),)), "not a canonical attribute"),
+    "bias without a place": (
+        dict(weights=(Row("a.{i}.weight", (GATE,)),), config=(Field("mlp_bias", "b", default=False),)),
+        "no place",
+    ),
     "two fields": (dict(config=(Field("hidden_size", "a"), Field("hidden_size", "b"))), "two fields"),
 }
 

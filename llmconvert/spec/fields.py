@@ -27,7 +27,8 @@ class Field:
         key: the config key written, and read first.
         aliases: other keys it is read from.
         default: value where no key is present; REQUIRED to insist, or `=other` for another attribute's value.
-        null: value where a key is present and null, likewise; `default` if UNSET.
+        null: value where a key is present and null, likewise; if UNSET `default`, but False for True, as code that asks
+            `if config.key` reads it.
         times: canonical value = stored value × times.
         only_if: a boolean key that must be true for `key` to count; otherwise the value is `otherwise`.
         otherwise: see `only_if`.
@@ -68,7 +69,8 @@ class Field:
             value = _resolved(self.otherwise, done)
         elif value is None:
             stated = any(name in config for name in names)
-            value = self.default if self.null is UNSET or not stated else self.null
+            null = self.null if self.null is not UNSET else False if self.default is True else self.default
+            value = null if stated else self.default
             if value is REQUIRED:
                 raise BadInput(f"the key `{self.key}` is missing", where="config.json")
             value = _resolved(value, done)

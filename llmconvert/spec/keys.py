@@ -68,13 +68,15 @@ def check_unread(config: Mapping[str, Any], read: set[str], spec: str) -> None:
 
 
 def check_required(config: Mapping[str, Any], required: Mapping[str, Any], spec: str) -> None:
-    """Refuse values that change the maths and that the spec does not describe.
+    """Refuse values that change the maths and that the spec does not describe; code reads a null where true is as false.
 
     Raises:
         Refused: naming all of them.
     """
     odd = [
-        f"`{k}` = {reprlib.repr(config[k])}" for k, value in required.items() if config.get(k) is not None and config[k] != value
+        f"`{k}` = {'null' if config[k] is None else reprlib.repr(config[k])}"
+        for k, value in required.items()
+        if k in config and (value is True if config[k] is None else config[k] != value)
     ]
     if odd:
         raise Refused(

@@ -83,6 +83,11 @@ class Rope:
         kind = "longrope" if kind == "su" else kind
         if self.partial_key is not None:
             share = parameters.get("partial_rotary_factor", config.get(self.partial_key, self.partial))
+            if share is None and self.partial != 1.0:
+                raise Refused(
+                    f"`{self.partial_key}` is null, which readers take for 1 or stop at", where="config.json",
+                    hint=f"state it, or leave it out of a copy of config.json for {self.partial:g}",
+                )  # fmt: skip
         elif self.partial == 1.0 and (share or config.get("partial_rotary_factor") or 1.0) != 1.0:
             raise Refused(
                 "`partial_rotary_factor` is set on an architecture whose readers disagree on it "

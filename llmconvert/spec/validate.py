@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from llmconvert.canonical.lowerings import ADD
-from llmconvert.canonical.model import HEAD, MODULES, TRAITS, CanonicalConfig, K, Q, V
+from llmconvert.canonical.model import DOWN, GATE, HEAD, MODULES, TRAITS, UP, CanonicalConfig, K, O, Q, V
 from llmconvert.errors import BadInput
 from llmconvert.spec.expand import all_rows
-from llmconvert.spec.language import Refusal, Row, Spec
+from llmconvert.spec.language import Fixed, Refusal, Row, Spec
 
 _ATTRIBUTES = {attribute.name for attribute in dataclasses.fields(CanonicalConfig)}
 _PACKS = ("concat", "grouped")
+_BIASED = {"qkv_bias": {Q, K, V}, "o_bias": {O}, "mlp_bias": {GATE, UP, DOWN}}
 
 
 def validate(spec: Spec, where: str) -> None:
@@ -46,6 +47,14 @@ def validate(spec: Spec, where: str) -> None:
             if attribute in owner:
                 raise fault(f"`{attribute}` is set by two fields: {owner[attribute]!r} and {field!r}")
             owner[attribute] = field
+    for field in spec.fields:
+        for attribute in set(field.attributes) & _BIASED.keys():
+            if not isinstance(field, Fixed) or field.value:
+                for row in spec.weights:
+                    if _BIASED[attribute] & set(row.modules) and "{p}" not in row.stored:
+                        raise fault(
+                            f"row `{row.stored}` has no place (`{{p}}`) for the bias that `{attribute}` may say is there"
+                        )
     _validate_rows(spec, fault)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -304,7 +305,27 @@ def empty_model(directory: Path, dtype: torch.dtype, attention: str = "eager") -
         except Exception as error:  # its configs validate themselves, with errors of several libraries
             raise _refused(error, directory) from None
     model.tie_weights()  # type: ignore[operator]
+    _check_temperature(model, directory)
     return model.eval()
+
+
+def _check_temperature(model: nn.Module, directory: Path) -> None:
+    """Refuse DeepSeek-V2 in releases of transformers that leave YaRN's temperature out of its scores, 4.57 among them.
+
+    The published code multiplies them by its square (arXiv:2405.04434, section 3.1.4), as V3's class does.
+    """
+    config = read_config(directory)
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if config.get("model_type") != "deepseek_v2" or not scaling.get("mscale_all_dim") or scaling.get("factor", 1) <= 1:
+        return
+    attention: Any = next((module for module in model.modules() if hasattr(module, "qk_head_dim")), None)
+    if attention is not None and math.isclose(attention.scaling, attention.qk_head_dim**-0.5):
+        raise Refused(
+            "this release of transformers leaves YaRN's temperature (`mscale_all_dim`) out of DeepSeek-V2's attention, "
+            "and computes another model than its published code",
+            where=str(directory),
+            hint="use transformers 5, or compare the weights alone",
+        )
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: str, attention: str = "eager") -> nn.Module:
@@ -370,6 +391,7 @@ def _load(auto: str, directory: Path, dtype: torch.dtype, device: str, attention
     if info["missing_keys"]:
         raise BadInput(f"transformers found no weights for {sorted(info['missing_keys'])[:4]}", where=str(directory))
     module: nn.Module = loaded
+    _check_temperature(module, directory)
     return module.to(device).eval()
 
 

@@ -70,7 +70,7 @@ class InternLM2ForCausalLM(Decoder):
         kind = scaling.get("type", scaling.get("rope_type", "default"))
         if kind not in ("linear", "dynamic"):
             require(config, rope_scaling=None)
-        require(config, hidden_act="silu", mlp_bias=False)
+        require(config, hidden_act="silu")
         length = config.get("max_position_embeddings", 2048)
         rotary = _Rotary(theta, float(scaling.get("factor", 1)), length if kind == "dynamic" else None)
         self.model = nn.Module()
