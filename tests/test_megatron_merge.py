@@ -228,7 +228,7 @@ def test_a_family_means_what_it_means_to_convert(qwen: tuple[Path, Path, Path], 
     v1 = tiny.make("qwen", tmp_path / "v1")
     split_checkpoint(v1, tmp_path / "v1-ranks", GRID, verify="weights")
     assert (
-        merge_checkpoint(tmp_path / "v1-ranks", tmp_path / "out", to="qwen", dry_run=True).target_architecture == "qwen"
+        merge_checkpoint(tmp_path / "v1-ranks", tmp_path / "out", to="qwen", dry_run=True).target_architecture == "qwen1"
     )
 
 

@@ -116,7 +116,7 @@ def plan_merge(
     tensors = emit(target, model, config)
     if not came_back:
         try:
-            refuse_disagreements(target, model.config, model.tensors, config)
+            notes += refuse_disagreements(target, model.config, model.tensors, config, trained=True)
         except Refused as error:
             raise Refused(error.what, where=str(path), hint=error.hint) from None
     outputs, files = lay_out(tensors, parse_size(max_shard_size))

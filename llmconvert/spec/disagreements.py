@@ -20,8 +20,9 @@ from llmconvert.tensors.expressions import Expression
 
 
 def refuse_disagreements(
-    spec: Spec, config: CanonicalConfig, tensors: Mapping[str, Expression], stated: Mapping[str, Any]
-) -> tuple[str, ...]:
+    spec: Spec, config: CanonicalConfig, tensors: Mapping[str, Expression], stated: Mapping[str, Any], *,
+    trained: bool = False,
+) -> tuple[str, ...]:  # fmt: skip
     """Refuse a checkpoint of which its readers compute different functions.
 
     Args:
@@ -29,6 +30,8 @@ def refuse_disagreements(
         config: the model.
         tensors: canonical; biases of routers are read.
         stated: its config.json.
+        trained: it comes from Megatron, which masks as transformers 5 does: what routers' biases make of readers that do
+            not is a remark, since the model is what it is.
 
     Returns:
         Remarks on what may differ for rare inputs.
@@ -38,15 +41,20 @@ def refuse_disagreements(
     """
     found = [*_one_expert(config), *_yarn(config, stated)] if spec.published_code else []
     routers = _reachable_masks(config, tensors, -_SMALL_SCORE)
-    if routers:
+    masked = (
+        f"{_listed(routers)}: routing biases so negative that experts of groups not chosen, which count 0 in the "
+        "published code and in transformers 4 and nothing in transformers 5, are chosen"
+    ) if routers else ""  # fmt: skip
+    if masked and not trained:
         found.append((
-            f"{_listed(routers)}: routing biases so negative that experts of groups not chosen, which count 0 in the "
-            "published code and in transformers 4 and nothing in transformers 5, are chosen",
+            masked,
             "add a constant to each layer's biases that makes them positive, if nothing is meant: it changes no choice",
         ))  # fmt: skip
     if found:
         whats, hints = zip(*found, strict=True)
         raise Refused("; ".join(whats), hint="; ".join(dict.fromkeys(hints)))
+    if masked:
+        return (f"{masked}; transformers 5 computes what was trained",)
     rare = _reachable_masks(config, tensors, 0.0)
     if not rare:
         return ()
