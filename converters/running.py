@@ -205,6 +205,7 @@ def _finished(
 
     Raises:
         Usage: the destination is something else, or was proved less.
+        BadInput: it has changed since it was made.
     """
     amount = sum(output.expression.nbytes for output in plan.tensors)
     fault = difference(destination, plan, workers, _stage(progress, "compare", amount))
@@ -213,6 +214,12 @@ def _finished(
             f"the destination exists, and is not what this command makes: {fault}", where=str(destination),
             hint="name another, or add `--overwrite` in place of `--resume`",
         )  # fmt: skip
+    try:
+        # What the manifest says is what this command makes; whether the files still hold it, only their bytes tell.
+        manifest.check(destination, alone=False)
+    except BadInput as error:
+        error.hint = "name another, or add `--overwrite` in place of `--resume`, which makes it anew"
+        raise
     record = manifest.report(destination)
     proved = LOGITS if record.get("logits") else WEIGHTS if record.get("roundtrip") else NONE
     levels = (NONE, WEIGHTS, LOGITS)

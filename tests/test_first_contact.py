@@ -16,6 +16,7 @@ import checkpoints
 import pytest
 
 from llmconvert.checkpoint.directory import open_checkpoint
+from llmconvert.cli.app import main
 from llmconvert.errors import BadInput, LlmconvertError, Refused, Usage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,3 +210,37 @@ def test_every_command_has_the_same_door(command: tuple[str, ...], tmp_path: Pat
         done = subprocess.run([sys.executable, "-m", "llmconvert", *own], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == (2 if "such" in fragments[0] else 4), done.stderr
         assert fragments[0] in done.stderr and fragments[1] in done.stderr, done.stderr
+
+
+DOORS = [("verify", "SRC", "SRC"), ("debug", "cos-distance", "SRC", "--input-ids", "1,2"), ("inspect", "SRC"),
+         ("debug", "topk-token", "SRC", "--prompt", "text"), ("inspect", "--check", "SRC")]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", DOORS)
+def test_what_is_no_checkpoint_is_told_at_every_door(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snapshot = checkpoints.make("qwen2", tmp_path / "hub" / "models--Qwen--Q" / "snapshots" / "a")
+    mistral = tmp_path / "mistral"
+    mistral.mkdir()
+    (mistral / "consolidated.safetensors").write_text("")
+    places = {tmp_path / "nowhere" / "x": "no such directory"}
+    if "--check" not in command and "--prompt" not in command:
+        places |= {tmp_path / "hub": "the hub's cache", snapshot.parent: f"`{snapshot}`", mistral: "Mistral's own form"}
+    for path, said in places.items():
+        with pytest.raises(SystemExit) as done:
+            main([str(path) if word == "SRC" else word for word in command])
+        assert said in capsys.readouterr().err and done.value.code == (3 if path == mistral else 2)
+
+
+@pytest.mark.parametrize("command", DOORS[:2])
+def test_weights_beside_a_config_in_another_form(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = checkpoints.make("mistral", tmp_path / "src")
+    for path in source.glob("model*"):
+        path.unlink()
+    (source / "consolidated.safetensors").write_text("")
+    with pytest.raises(SystemExit) as done:
+        main([str(source) if word == "SRC" else word for word in command])
+    assert "Mistral's own form" in capsys.readouterr().err and done.value.code == 3

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import checkpoints
 import pytest
 import tiny
 import torch
@@ -39,7 +40,7 @@ from infer_runs import (
     write_rows,
 )  # fmt: skip
 
-from llmconvert.errors import LlmconvertError, Refused, Usage
+from llmconvert.errors import BadInput, LlmconvertError, Refused, Usage
 from llmconvert.infer import Infer
 from llmconvert.infer.batches import WINDOW, batches
 from llmconvert.infer.engines import Copy, choose
@@ -714,3 +715,27 @@ def test_devices_are_shared_out(
         share_devices(3, None)
     with pytest.raises(Usage, match="no device `cuda:8`"):
         share_devices(1, ["8"])
+
+
+@pytest.mark.parametrize("settings", [None, {"tokenizer_class": "GemmaTokenizer"}])
+def test_a_directory_without_a_tokenizer_is_refused(settings: dict[str, str] | None, tmp_path: Path) -> None:
+    """Transformers 5 makes one of nothing for Gemma, to which every text is one unknown token."""
+    from llmconvert.debug.prompts import read_tokenizer
+    from llmconvert.infer.engines.encode import load_tokenizer
+
+    source = checkpoints.make("gemma2", tmp_path / "src")
+    if settings:
+        (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(BadInput, match="tokenizer"):
+        load_tokenizer(str(source))
+    assert read_tokenizer(str(source)) is None
+
+
+def test_a_pointer_is_no_model_to_run(tmp_path: Path) -> None:
+    source = checkpoints.make("gemma2", tmp_path / "src")
+    (source / "tokenizer.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "one"}\n')
+    with pytest.raises(BadInput, match="`tokenizer.model` is a Git LFS pointer"):
+        Infer(source, data, tmp_path / "out.jsonl", devices="cpu").run()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl", "src"]

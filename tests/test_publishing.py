@@ -966,6 +966,27 @@ def test_what_is_finished_is_left_as_it_is(sources: Path, tmp_path: Path, capsys
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dst", "src"]
 
 
+@pytest.mark.parametrize("what", ["weights", "header", "config.json"])
+def test_what_was_finished_and_has_changed_is_no_success(sources: Path, tmp_path: Path, what: str) -> None:
+    destination = tmp_path / "dst"
+    _convert(sources / "a", destination)
+    (destination / "notes.txt").write_text("a file more is no other model")
+    assert _convert(sources / "a", destination, resume=True).unchanged
+    path = destination / what if what == "config.json" else min(destination.glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    if what == "weights":
+        data[-1] ^= 1
+    else:
+        old, new = (b'"eos_token_id": 2', b'"eos_token_id": 3') if what == "config.json" else (b'"pt"', b'"tf"')
+        assert old in data
+        data = data.replace(old, new)
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match="not what llmconvert wrote") as caught:
+        _convert(sources / "a", destination, resume=True)
+    assert "`--overwrite`" in (caught.value.hint or "")
+    assert path.read_bytes() == data
+
+
 @pytest.mark.parametrize("command", ["split", "merge", "reshard", "to-reward"])
 def test_every_command_leaves_what_is_finished(sources: Path, tmp_path: Path, command: str) -> None:
     ranks, destination = tmp_path / "ranks", tmp_path / "dst"

@@ -117,6 +117,13 @@ STRANGERS: dict[str, tuple[dict[str, Any], Shapes]] = {
                    _moe("block_sparse_moe")),
     "visual chatglm": ({**_CONFIG, "model_type": "chatglm", "architectures": ["ChatGLMModel"]},
                        {"transformer.embedding.word_embeddings.weight": (V, H)} | _vision("transformer.vision.")),
+    "visual llama": ({**_CONFIG, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "mm_vision_tower": "a/b"},
+                     _llama() | HEAD | _vision("model.vision_tower.")),
+    "omni": ({"model_type": "omni", "architectures": ["Omni"], "thinker_config": {
+        "audio_config": {"a": 1}, "text_config": {**_CONFIG, "model_type": "omni_text"}}},
+             _llama("thinker.model.") | {"thinker.lm_head.weight": (V, H)}),
+    "phi3_v": ({**_CONFIG, "model_type": "phi3_v", "architectures": ["Phi3VForCausalLM"], "img_processor": {"name": "clip"}},
+               _llama() | HEAD),
 }  # fmt: skip
 
 
@@ -157,7 +164,10 @@ SAID = {
     "kimi": r"^`kimi_k25` .* is multimodal \(vision\), .*; its language model `kimi_k2` \(DeepseekV3ForCausalLM\) is what spec "
             r"`deepseek_v3` reads$",
     "granitemoe": r"^Granite MoE is known and not read: its experts lie in one tensor a layer",
-    "visual chatglm": r"^`chatglm` \(ChatGLMModel\) is multimodal \(vision\)",
+    "visual chatglm": r"^`chatglm` \(ChatGLMModel\) is multimodal \(vision\), .*; its language model is what spec `chatglm` reads$",
+    "visual llama": r"^`llama` \(LlamaForCausalLM\) is multimodal \(vision\), .*; its language model is what spec `llama` reads$",
+    "omni": r"^`omni` \(Omni\) is multimodal \(audio\), .*no spec reads its language model `omni_text`",
+    "phi3_v": r"^`phi3_v` \(Phi3VForCausalLM\) is multimodal \(vision\)",
 }  # fmt: skip
 
 

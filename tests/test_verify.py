@@ -165,3 +165,15 @@ def test_a_source_no_code_runs_is_refused_before_anything_is_written(
     assert "--verify weights" in (refusal.value.hint or "")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
     convert(source, tmp_path / "out", to="llama", verify="weights")
+
+
+def test_tensors_of_another_shape_are_named(tmp_path: Path) -> None:
+    """As packed numbers are, of a quantised checkpoint whose config says nothing of it."""
+    source = checkpoints.make("llama", tmp_path / "src")
+    state = checkpoints.tensors(source)
+    state["model.layers.1.mlp.up_proj.weight"] = state["model.layers.1.mlp.up_proj.weight"][:, :6].clone()
+    checkpoints.write_weights(state, source)
+    for load in ("whole", "layers"):
+        done = run("verify", source, source, "--load", load, "--device", "cpu")
+        assert done.returncode == 4, done.stderr
+        assert "`model.layers.1.mlp.up_proj.weight` is [104, 6], not [104, 48]" in done.stderr, done.stderr

@@ -141,6 +141,25 @@ def refuse_pointers(directory: Path, names: Iterable[str]) -> None:
         )
 
 
+_VOCABULARIES = ("tokenizer.json", "tekken*.json", "*.model", "*.model.v*", "*.tiktoken", "*.spm", "*.vocab", "*.bpe")
+"""Files a vocabulary may be in, whatever the tokenizer."""
+
+
+def holds_vocabulary(directory: Path, tokenizer: Any) -> bool:
+    """Whether a directory holds what a tokenizer was made of.
+
+    Of a directory without, transformers 5 makes an empty tokenizer for some architectures (Gemma, Qwen2): every text is
+    one unknown token, or none.
+
+    Args:
+        directory: the checkpoint.
+        tokenizer: made of it by transformers; one that names no files (bytes are its vocabulary) needs none.
+    """
+    named = getattr(tokenizer, "vocab_files_names", None)
+    patterns = [*named.values(), *_VOCABULARIES] if isinstance(named, dict) and named else ["*"]
+    return any(fnmatch.filter(_entries(directory), str(pattern)) for pattern in patterns)
+
+
 def listing(names: list[str], limit: int = 4) -> str:
     """The first few of `names`, in backticks, and how many more there are."""
     shown = ", ".join(f"`{name}`" for name in names[:limit])

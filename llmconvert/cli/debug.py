@@ -40,8 +40,10 @@ def _options(
     source: Path, prompt: str | None, input_ids: str | None, tokenizer: Path | None, dtype: str, device: str
 ) -> dict[str, Any]:
     """What all three commands are given; both models see the first's tokens."""
+    from llmconvert.checkpoint.directory import require_directory
     from llmconvert.debug.prompts import make_prompt, read_tokenizer
 
+    require_directory(source)
     reader = None if tokenizer is None else read_tokenizer(str(tokenizer))
     if tokenizer is not None and reader is None:
         raise Usage("there is no tokenizer that can be read", where=str(tokenizer))

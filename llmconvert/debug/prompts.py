@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmconvert.checkpoint.directory import holds_vocabulary
 from llmconvert.errors import Refused, Usage
-
-_TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -137,11 +136,9 @@ def read_tokenizer(folder: str) -> Any:
 
     from llmconvert.models import register
 
-    # Of a directory without one transformers makes an empty tokenizer for some architectures.
-    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
-        return None
     register()
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        made = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError):
         return None
+    return made if not Path(folder).is_dir() or holds_vocabulary(Path(folder), made) else None

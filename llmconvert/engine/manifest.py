@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 import llmconvert
-from llmconvert.checkpoint.directory import open_checkpoint, read_json, stays_inside
+from llmconvert.checkpoint.directory import open_checkpoint, read_json, require_directory, stays_inside
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
 from llmconvert.checkpoint.stored import StoredTensor
 from llmconvert.engine.plan import Plan
@@ -238,15 +238,19 @@ class Checked:
     nbytes: int
 
 
-def check(directory: Path) -> Checked:
+def check(directory: Path, *, alone: bool = True) -> Checked:
     """Compare a directory with its manifest, byte by byte: every file, and every tensor by itself.
 
+    Args:
+        directory: to check.
+        alone: a file that was added is a fault too.
+
     Raises:
-        Usage: there is no manifest.
+        Usage: there is no manifest, or no such directory.
         BadInput: files or tensors are missing, added or changed; all are named.
         InputOutput: a file cannot be read.
     """
-    manifest = read(directory)
+    manifest = read(require_directory(directory))
     if manifest is None:
         raise Usage(f"there is no `{MANIFEST}` to check against", where=str(directory))
     files, expected = manifest.get("files", {}), manifest.get("tensors")
@@ -254,7 +258,7 @@ def check(directory: Path) -> Checked:
         raise BadInput(f"`{MANIFEST}` lists no tensors", where=str(directory))
     if not isinstance(files, dict):
         raise BadInput(f"`files` in `{MANIFEST}` is not an object", where=str(directory))
-    faults = _changed_files(directory, files)
+    faults = _changed_files(directory, files) + (_added_files(directory, files) if alone else [])
     total = 0
     try:
         tensors = (
@@ -282,7 +286,7 @@ def check(directory: Path) -> Checked:
 
 
 def _changed_files(directory: Path, files: Mapping[str, Any]) -> list[str]:
-    """Files that are missing or added, and small files that are not what they were."""
+    """Files that are missing, and small files that are not what they were."""
     faults = []
     for name, entry in files.items():
         fault = _misfit(directory, name, entry)
@@ -297,14 +301,18 @@ def _changed_files(directory: Path, files: Mapping[str, Any]) -> list[str]:
                 raise InputOutput(f"cannot read the file: {error.strerror}", where=str(directory / name)) from None
         if fault is not None:
             faults.append(f"`{name}` {fault}")
-    if files:
-        paths = (path for path in sorted(directory.rglob("*")) if path.is_symlink() or not path.is_dir())
-        there = (path.relative_to(directory).as_posix() for path in paths)
-        faults += [
-            f"`{name}` was added" for name in there
-            if name not in files and name != MANIFEST and not _UNREAD.fullmatch(name)
-        ]  # fmt: skip
     return faults
+
+
+def _added_files(directory: Path, files: Mapping[str, Any]) -> list[str]:
+    if not files:
+        return []
+    paths = (path for path in sorted(directory.rglob("*")) if path.is_symlink() or not path.is_dir())
+    there = (path.relative_to(directory).as_posix() for path in paths)
+    return [
+        f"`{name}` was added" for name in there
+        if name not in files and name != MANIFEST and not _UNREAD.fullmatch(name)
+    ]  # fmt: skip
 
 
 def _changed_rests(directory: Path, files: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> list[str]:

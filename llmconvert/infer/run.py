@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmconvert.checkpoint.directory import refuse_pointers
 from llmconvert.errors import BadInput, InputOutput, LlmconvertError, Usage
 from llmconvert.infer.batches import batches
 from llmconvert.infer.dtypes import stored_dtype
@@ -338,6 +339,7 @@ class _Reader:
 
 def _model_directory(model: str) -> Path:
     if Path(model).is_dir():
+        refuse_pointers(Path(model), os.listdir(model))
         return Path(model)
     from llmconvert.checkpoint.hub import download
 

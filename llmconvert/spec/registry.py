@@ -74,11 +74,6 @@ class Registry:
             checkpoint: opened, with one tensor an expert.
             name: of a spec; told from config.json if None.
 
-        Args:
-            config: the JSON object.
-            names: of the checkpoint's tensors, and
-            directory: of the checkpoint, for specs that share a class name.
-
         Raises:
             Refused: it is quantised in a form that is not read, or no spec reads it.
             BadInput: the config claims nothing.

@@ -21,8 +21,8 @@ _NESTED = ("text_config", "llm_config", "language_config", "thinker_config", "la
 """Where configs of multimodal models keep that of their language model (transformers, `get_text_config`; InternVL)."""
 
 _TOWERS = {
-    "vision": ("vision_config", "vision_tower", "mm_vision_tower", "visual", "vit_config", "vision_encoder"),
-    "audio": ("audio_config", "audio_encoder", "speech_config", "sound_config"),
+    "vision": ("vision_config", "vision_tower", "mm_vision_tower", "visual", "vit_config", "vision_encoder", "img_processor"),
+    "audio": ("audio_config", "audio_encoder", "audio_processor", "speech_config", "sound_config"),
 }
 """Keys of config.json that speak of another kind of input."""
 
@@ -50,10 +50,11 @@ class Parts:
 
 def parts(config: Mapping[str, Any]) -> Parts:
     """The language model in a config, and what is beside it."""
-    key, language = None, config
+    key, language, around = None, config, [config]
     while nested := next((k for k in _NESTED if isinstance(language.get(k), dict)), None):
         key, language = nested if key is None else f"{key}.{nested}", language[nested]
-    towers = (kind for kind, keys in _TOWERS.items() if any(where.get(k) for k in keys for where in (config, language)))
+        around.append(language)
+    towers = (kind for kind, keys in _TOWERS.items() if any(where.get(k) for k in keys for where in around))
     return Parts(tuple(towers), key, language)
 
 
@@ -261,10 +262,10 @@ def describe(
     if not others:
         what = f"{label(config)} keeps its language model's config under `{found.key}`, where it is not looked for"
     alone = "a checkpoint of its language model alone could be read"
-    if found.key is None:
-        return Refused(what + like, where="config.json", hint=f"{alone} if there were a spec for it")
-    model = f"its language model {label(found.language) or '(not named)'}"
     known = claimed(found.language)
+    if found.key is None and known is None:
+        return Refused(what + like, where="config.json", hint=f"{alone} if there were a spec for it")
+    model = f"its language model {label(found.language) or '(not named)'}" if found.key else "its language model"
     if isinstance(known, Refused):
         return Refused(f"{what}; {model} is not read either: {known.what}", where="config.json", hint=known.hint)
     if known is not None:

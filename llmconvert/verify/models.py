@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmconvert.checkpoint import config as configs
-from llmconvert.checkpoint.directory import refuse_pointers, require_directory
+from llmconvert.checkpoint.directory import no_weights, refuse_pointers, require_directory
 from llmconvert.checkpoint.files import check_inside, read_json
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
 from llmconvert.checkpoint.safetensors import read_header
@@ -123,7 +125,7 @@ def weight_files(directory: Path) -> list[Path]:
         if names:
             refuse_pointers(directory, names)
             return [directory / name for name in sorted(names)]
-    raise BadInput("the directory holds no weights", where=str(directory))
+    raise no_weights(directory, set(os.listdir(directory)))
 
 
 _STATED: dict[Path, dict[str, Any]] = {}
@@ -145,9 +147,13 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json, with what `stating` adds to it.
 
     Raises:
-        LlmconvertError: there is no such directory, or as `llmconvert.checkpoint.config.read_config`.
+        LlmconvertError: there is no such directory, or one of another kind, or as
+            `llmconvert.checkpoint.config.read_config`.
     """
     refuse_pointers(require_directory(directory), ["config.json"])
+    names = set(os.listdir(directory))
+    if "config.json" not in names and names.isdisjoint(chain(*_LAYOUTS)):
+        raise no_weights(directory, names)
     return configs.read_config(directory) | _STATED.get(directory.resolve(), {})
 
 
@@ -384,10 +390,15 @@ def _load(auto: str, directory: Path, dtype: torch.dtype, device: str, attention
     try:
         with quiet():
             loaded, info = getattr(transformers, auto).from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options
-            )
+                directory, local_files_only=True, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True, **options,  # they are refused below, by name
+            )  # fmt: skip
     except (ValueError, KeyError, ImportError, OSError) as error:
         raise _refused(error, directory) from None
+    others = [f"`{name}` is {list(own)}, not {list(held)}" for name, own, held in sorted(info["mismatched_keys"])]
+    if others:
+        more = f"; and {len(others) - 4} more" if len(others) > 4 else ""
+        raise BadInput(f"the tensors do not fit the model: {'; '.join(others[:4])}{more}", where=str(directory))
     if info["missing_keys"]:
         raise BadInput(f"transformers found no weights for {sorted(info['missing_keys'])[:4]}", where=str(directory))
     module: nn.Module = loaded

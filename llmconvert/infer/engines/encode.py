@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from llmconvert.checkpoint.directory import holds_vocabulary
 from llmconvert.errors import BadInput
 from llmconvert.infer.rows import BadRow, Prompt
 
@@ -17,10 +19,13 @@ def load_tokenizer(model: str) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of several libraries, down to bare `Exception`
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"the tokenizer cannot be loaded: {first}", where=model) from None
+    if Path(model).is_dir() and not holds_vocabulary(Path(model), tokenizer):
+        raise BadInput("the directory holds no tokenizer", where=model, hint="copy the files of the original's there")
+    return tokenizer
 
 
 def context_length(config: Any) -> int | None:
