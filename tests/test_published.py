@@ -80,7 +80,8 @@ def _shape(name: str, c: dict[str, Any]) -> tuple[int, ...]:
 
 def _checkpoint(name: str, directory: Path) -> Path:
     entry = PUBLISHED[name]
-    templates = entry.get("templates", {"model.embed_tokens.weight": 1})
+    # Where the list of tensors is not known, enough of them that they could be a model's of so many layers.
+    templates = entry.get("templates", {"model.embed_tokens.weight": 1, "model.layers.{i}.input_layernorm.weight": 200})
     shapes = {n: _shape(n, entry["config"]) for n in _names(templates)}
     return make_sparse(entry["config"], shapes, directory)
 
