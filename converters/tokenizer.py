@@ -179,10 +179,7 @@ def _with(found: Companions, settings: Mapping[str, Any], *, needs_code: bool, n
 
 
 def _encoded(settings: Mapping[str, Any]) -> bytes:
-    try:
-        return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half of a pair, which only an escape can write
-        return (json.dumps(settings, indent=2) + "\n").encode()
+    return (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _note(found: Companions, in_four: str | None, name: str, model_type: Any, needs_code: bool) -> str:

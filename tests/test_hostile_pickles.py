@@ -190,6 +190,7 @@ ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
     "two pickles": (lambda: archives.records(_PICKLE, ("archive/data.pkl", state()), _DATA), "two records"),
     "two names but for case": (lambda: archives.records(_PICKLE, _DATA, ("archive/DATA/0", bytes(16))), "two records"),
     "encrypted": (lambda: archives.records(_PICKLE, _DATA, flags=1), "encrypted"),
+    "patched": (lambda: archives.records(_PICKLE, _DATA, flags=0x20), "torch does not read"),
     "bytes before": (lambda: b"#!/bin/sh\n" + _plain_archive(), "truncated"),
     "bytes behind": (lambda: _plain_archive() + b"\0", "truncated"),
     "no folder": (lambda: archives.records(("data.pkl", state(tensor())), ("data/0", bytes(16))), "no folder"),

@@ -275,12 +275,12 @@ def test_code_of_a_checkpoint_is_not_run_and_its_files_are_compared(tmp_path: Pa
 
 
 def test_odd_settings_are_carried(tmp_path: Path) -> None:
-    """Half of a pair, a number where a name belongs, and an `auto_map` that speaks of other things."""
+    """A key nobody knows, and an `auto_map` that speaks of other things."""
     source = beside("llama", tiny_tokenizers.write("llama3", tmp_path / "source", None, auto_map={
-        "AutoProcessor": "processing_own.OwnProcessor"}, odd="\ud800", tokenizer_class=5))  # fmt: skip
+        "AutoProcessor": "processing_own.OwnProcessor"}, odd="\u2028"))  # fmt: skip
     carried(source, "qwen2", tmp_path / "qwen2")
     settings = read_json(tmp_path / "qwen2" / CONFIG)
-    assert settings["odd"] == "\ud800" and settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert settings["odd"] == "\u2028" and settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert set(settings["auto_map"]) == {"AutoProcessor", "AutoTokenizer"}
     carried(tmp_path / "qwen2", "llama", tmp_path / "llama")
     assert read_json(tmp_path / "llama" / CONFIG)["auto_map"] == {"AutoProcessor": "processing_own.OwnProcessor"}

@@ -61,6 +61,7 @@ TOKEN = _whole(-MAX_SIZE, MAX_SIZE)
 TOKENS = _either(TOKEN, _list_of(TOKEN))
 NUMBER = Kind("a finite number", _is_number)
 AMOUNT = Kind("a finite number, not below 0", lambda value: _is_number(value) and value >= 0)
+SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
 POSITIVE = Kind("a finite number above 0", lambda value: _is_number(value) and value > 0)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind("text", lambda value: isinstance(value, str))
@@ -116,8 +117,8 @@ CONFIG: dict[str, Kind] = {
                      "residual_multiplier", "logits_scaling", "attention_multiplier", "attn_logit_softcapping",
                      "final_logit_softcapping", "query_pre_attn_scalar"), POSITIVE),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_epsilon", "layernorm_epsilon", "partial_rotary_factor", "rotary_pct",
-                     "initializer_range", "attention_dropout", "hidden_dropout", "router_aux_loss_coef",
-                     "aux_loss_alpha"), AMOUNT),
+                     "router_aux_loss_coef", "aux_loss_alpha"), AMOUNT),
+    **dict.fromkeys(("initializer_range", "attention_dropout", "hidden_dropout"), SHARE),
     **dict.fromkeys(("tie_word_embeddings", "attention_bias", "attention_out_bias", "mlp_bias", "qkv_bias", "o_bias",
                      "add_qkv_bias", "add_bias_linear", "bias", "use_bias", "no_bias", "use_sliding_window",
                      "multi_query_attention", "norm_topk_prob", "qk_norm", "use_qk_norm", "alibi", "norm_head",

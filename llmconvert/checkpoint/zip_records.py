@@ -19,6 +19,8 @@ _MAX_DIRECTORY_BYTES = 1 << 28
 
 _SMALL, _LARGE = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED = 0x0001 | 0x0040 | 0x2000
+_PATCH, _METHODS = 0x0020, (0, 8)
+"""What torch's reader (miniz) knows of: no patches, and bytes as they are or deflated."""
 
 
 class NotAnArchive(ValueError):
@@ -78,6 +80,8 @@ def read_records(file: BinaryIO, start: int, length: int) -> dict[str, Record]:
         name = raw.decode("utf-8")
         if flags & _ENCRYPTED:
             raise ValueError(f"the record `{name}` is encrypted")
+        if flags & _PATCH or method not in _METHODS:
+            raise ValueError(f"the record `{name}` is packed in a way that torch does not read")
         if method == 0 and packed != plain:
             raise ValueError(f"the record `{name}` has two sizes")
         folder, slash, own = name.partition("/")
