@@ -86,8 +86,9 @@ class Reading:
     """A directory with one file to be replaced, and what reads it."""
 
     def __init__(self, folder: Path, file: str, read: Callable[[Path], Any]) -> None:
-        """Keep them."""
+        """Keep them, and the valid file that is there, if one is."""
         self.path, self._folder, self._read = folder / file, folder, read
+        self.valid = self.path.read_bytes() if self.path.is_file() else b""
 
     def read(self, data: bytes) -> None:
         """Read with these bytes in the file's place."""
@@ -231,4 +232,4 @@ def seeds(target: str) -> list[bytes]:
         return [b'["a:0", "00"]\n["b:64", "11"]\n']
     reading = TARGETS[target]
     assert isinstance(reading, Reading)
-    return [reading.path.read_bytes()]
+    return [reading.valid]
