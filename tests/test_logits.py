@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmconvert.debug.prompts import make_prompt
 from llmconvert.errors import BadInput, LlmconvertError, Refused, Usage
+from llmconvert.infer.engines.encode import encode, load_tokenizer
+from llmconvert.infer.rows import BadRow
 from llmconvert.verify import logits
 from llmconvert.verify.float64 import float64_throughout
 from llmconvert.verify.layerwise import LayerwiseModel
@@ -264,6 +267,10 @@ def test_a_tokenizer_that_fails_is_done_without(fault: str, tmp_path: Path) -> N
     prompts.write_text("The quick brown fox jumps over the lazy dog; 3.14159 is not 22/7, and 1,024 = 2^10.")
     with pytest.raises(BadInput, match="the tokenizer cannot read it"):
         make_probes((source,), 200, 256, prompts=prompts)
+    with pytest.raises(BadInput, match="the tokenizer cannot read the prompt"):
+        make_prompt(prompts.read_text(), None, None, str(source))
+    with pytest.raises(BadRow, match="the prompt cannot be tokenised"):
+        encode(load_tokenizer(str(source)), prompts.read_text(), None)
 
 
 def test_prompts_come_from_a_file(tmp_path: Path) -> None:

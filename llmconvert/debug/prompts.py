@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmconvert.errors import Refused, Usage
+from llmconvert.errors import BadInput, Refused, Usage
+from llmconvert.verify.probes import ids_of
 
 _TOKENIZERS = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
@@ -110,6 +111,7 @@ def make_prompt(
     Raises:
         Usage: not exactly one of text and ids is given, or there are no tokens, or several rows.
         Refused: there is no tokenizer for the text.
+        BadInput: the tokenizer fails.
     """
     if (prompt is None) == (input_ids is None):
         raise Usage("give either a prompt or input ids", hint="`--prompt TEXT`, or `--input-ids 5,17,42`")
@@ -118,7 +120,12 @@ def make_prompt(
     if prompt is not None:
         if tokenizer is None:
             raise Refused("there is no tokenizer to read the prompt with", where=folder, hint="give `--input-ids`")
-        input_ids = tokenizer(prompt)["input_ids"]
+        try:
+            input_ids = ids_of(tokenizer, prompt)
+        except ValueError as error:
+            raise BadInput(
+                f"the tokenizer cannot read the prompt: {error}", where=folder, hint="give `--input-ids`"
+            ) from None
     try:
         ids = torch.as_tensor(input_ids).long()
     except (ValueError, OverflowError, RuntimeError) as error:
@@ -143,5 +150,5 @@ def read_tokenizer(folder: str) -> Any:
     register()
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError):
+    except Exception:  # noqa: BLE001  # of several libraries, down to bare `Exception`
         return None

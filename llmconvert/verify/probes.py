@@ -136,12 +136,12 @@ def _text_rows(directories: Sequence[Path]) -> list[list[int]]:
     if tokenizer is None:
         return []
     try:
-        return [_ids(tokenizer, text)[:_MOST_TOKENS] for text in _TEXTS]
+        return [ids_of(tokenizer, text)[:_MOST_TOKENS] for text in _TEXTS]
     except ValueError:
         return []  # whether it is a good tokenizer is asked elsewhere: random tokens do as well
 
 
-def _ids(tokenizer: object, text: str) -> list[int]:
+def ids_of(tokenizer: object, text: str) -> list[int]:
     """A text's ids.
 
     Raises:
@@ -176,7 +176,7 @@ def _prompt_rows(path: Path, directories: Sequence[Path]) -> list[list[int]]:
             rows.append(value)
         elif isinstance(value, str) and tokenizer is not None:
             try:
-                rows.append(_ids(tokenizer, value))
+                rows.append(ids_of(tokenizer, value))
             except ValueError as error:
                 raise BadInput(f"the tokenizer cannot read it: {error}", where=f"{path}, line {number}") from None
         elif isinstance(value, str):
