@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from llmconvert.checkpoint.directory import open_checkpoint, read_json
 from llmconvert.converters.huggingface import convert
 from llmconvert.converters.running import Progress, Report
 from llmconvert.engine.held import temporary
-from llmconvert.errors import ProofFailed
+from llmconvert.errors import ProofFailed, Usage
 from llmconvert.spec.fused import unfused
 from llmconvert.tensors.expressions import stored
 from llmconvert.verify.roundtrip import BITWISE, Pair, compare
@@ -60,8 +61,11 @@ def round_trip(
         options: further options of `convert`.
 
     Raises:
+        Usage: the temporary place would be inside the source.
         LlmconvertError: a conversion is refused or its proof fails.
     """
+    if work_dir is not None and Path(os.path.realpath(work_dir)).is_relative_to(os.path.realpath(source)):
+        raise Usage("the work directory is inside the source", where=str(work_dir), hint="name a directory outside it")
     with temporary(work_dir, "llmconvert-roundtrip-") as (folder, left):
         outward, homeward = folder / "there", folder / "back"
         common = {**options, "workers": workers, "sync": False, "progress": progress}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from llmconvert.converters import huggingface, running
 from llmconvert.converters.huggingface import convert
+from llmconvert.converters.roundtrip import round_trip
 from llmconvert.engine.journal import work_directory
 from llmconvert.errors import BadInput, InputOutput, LlmconvertError, ProofFailed, Refused, Usage
 
@@ -449,6 +450,16 @@ def test_source_changed_after_planning_is_noticed(tmp_path: Path) -> None:
 
     with pytest.raises(BadInput, match="has changed"):
         check(tmp_path / "dst")
+
+
+def test_a_round_trip_leaves_the_source_untouched(tmp_path: Path) -> None:
+    source = checkpoints.make("llama", tmp_path / "src")
+    (tmp_path / "link").symlink_to(source)
+    before = source.stat().st_mtime_ns
+    for work in (source, tmp_path / "link"):
+        with pytest.raises(Usage, match="inside the source"):
+            round_trip(source, "mistral", work_dir=work, verify="none")
+    assert source.stat().st_mtime_ns == before
 
 
 def test_round_trip_catches_one_flipped_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

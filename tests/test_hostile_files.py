@@ -36,6 +36,7 @@ from llmconvert.engine import manifest
 from llmconvert.errors import BadInput, Refused, Usage
 from llmconvert.training.curves import read_curves
 from llmconvert.verify.logits import compare_logits
+from llmconvert.verify.models import weight_files
 from llmconvert.verify.reference.megatron_experts import layers_with_experts
 
 SHARD = "model-00001-of-00003.safetensors"
@@ -567,3 +568,58 @@ def test_the_judge_sees_what_takes_long_or_much_and_what_is_unexpected() -> None
         "BadInput",
         "`x.json` is missing (/nonexistent)",
     )
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "bin"])
+def test_two_sets_of_weights_are_refused(copy: Callable[[str], Path], arch: str) -> None:
+    """Transformers would load the one, and what the index names would be converted."""
+    source = copy(arch)
+    single, index = ("model.safetensors", INDEX) if arch == "qwen2" else ("pytorch_model.bin", "pytorch_model.bin.index.json")
+    shard = json.loads((source / index).read_text())["weight_map"]["lm_head.weight"]
+    shutil.copy(source / shard, source / single)
+    for command in (open_checkpoint, weight_files):
+        with pytest.raises(BadInput, match="two sets of weights"):
+            command(source)
+
+
+def test_an_index_that_names_the_single_file_is_one_set(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    source = checkpoints.make("qwen2", tmp_path / "one", shards=1)
+    names = dict.fromkeys(open_checkpoint(source).tensors, "model.safetensors")
+    (source / INDEX).write_text(json.dumps({"weight_map": names}))
+    assert open_checkpoint(source).index == INDEX
+
+
+def test_a_config_that_names_other_weights_is_refused() -> None:
+    with pytest.raises(BadInput, match="transformers_weights"):
+        check_config({"transformers_weights": "other.safetensors"}, "config.json")
+
+
+def test_a_number_of_labels_is_bounded() -> None:
+    """Transformers writes out a name for each."""
+    with pytest.raises(BadInput, match="num_labels"):
+        check_config({"num_labels": 10**6}, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("arch", "name"),
+    [("ranks", "release"), ("ranks", "release/mp_rank_01"), ("ranks", "release/mp_rank_00/model_optim_rng.pt"),
+     ("ranks", "latest_checkpointed_iteration.txt"), ("dist", "release"), ("dist", "release/common.pt"),
+     ("dist", "release/.metadata")],
+)  # fmt: skip
+def test_a_megatron_checkpoint_with_parts_elsewhere_is_refused(
+    copy: Callable[[str], Path], tmp_path: Path, arch: str, name: str
+) -> None:
+    source, outside = copy(arch), tmp_path / "outside"
+    (source / name).rename(outside)
+    (source / name).symlink_to(outside)
+    with pytest.raises(BadInput, match="leaves the checkpoint"):
+        open_megatron(source)
+    inside = source / "moved"
+    (source / name).unlink()
+    outside.rename(inside)
+    (source / name).symlink_to(inside)
+    if arch == "ranks" and name.startswith("release/"):
+        with pytest.raises(BadInput, match="leaves the checkpoint"):
+            open_megatron(source)  # of this iteration
+    elif name in ("release", "latest_checkpointed_iteration.txt"):
+        open_megatron(source)

@@ -39,12 +39,13 @@ from infer_runs import (
     workers_of,
     write_rows,
 )  # fmt: skip
+from safetensors.torch import load_file, save_file
 
 from llmconvert.errors import BadInput, LlmconvertError, Refused, Usage
 from llmconvert.infer import Infer
 from llmconvert.infer.batches import WINDOW, batches
 from llmconvert.infer.engines import Copy, choose
-from llmconvert.infer.engines.hf import HuggingFace
+from llmconvert.infer.engines.hf import HuggingFace, _load
 from llmconvert.infer.rows import open_source
 from llmconvert.infer.run import share_devices
 from llmconvert.infer.sampling import Sampling, uniforms
@@ -675,6 +676,23 @@ def test_progress_says_rows_rates_and_time_left(
     silent.update(tallies, 0)
     silent.say("hello")
     assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("key", ["num_labels", "transformers_weights"])
+def test_a_config_is_looked_at_before_libraries_are(place: Path, key: str) -> None:
+    config = {key: 10**9 if key == "num_labels" else "other.safetensors"}
+    (place / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=key):
+        echo(place)
+
+
+def test_weights_that_are_not_there_are_not_drawn_at_random(tmp_path: Path) -> None:
+    source = checkpoints.make("llama", tmp_path / "model", shards=1)
+    held = load_file(source / "model.safetensors")
+    del held["model.layers.1.mlp.up_proj.weight"]
+    save_file(held, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="layers.1.mlp.up_proj"):
+        _load(Copy("hf", str(source), ("cpu",), 1, "float32", None, Sampling(), {}))
 
 
 def test_only_errors_end_in_exit_code_4(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmconvert.debug.prompts import make_prompt
 from llmconvert.errors import BadInput, LlmconvertError, Refused, Usage
+from llmconvert.infer.engines.encode import encode, load_tokenizer
+from llmconvert.infer.rows import BadRow
 from llmconvert.verify import logits
 from llmconvert.verify.float64 import float64_throughout
 from llmconvert.verify.layerwise import LayerwiseModel
@@ -246,6 +249,28 @@ def test_probes_take_text_far_positions_and_padding(tmp_path: Path) -> None:
     assert int(far.position_ids.max()) == 131071 > FAR_POSITION and far.input_ids.shape[1] <= 64
     assert not still.position_ids.any()
     assert len(make_probes((), 200, 131072)) == 3
+
+
+@pytest.mark.parametrize("fault", ["panic", "length"])
+def test_a_tokenizer_that_fails_is_done_without(fault: str, tmp_path: Path) -> None:
+    source = tiny.make("llama", tmp_path / "one", tokenizer=True, vocab_size=200)
+    name = "tokenizer.json" if fault == "panic" else "tokenizer_config.json"
+    held = json.loads((source / name).read_text())
+    if fault == "panic":  # of Rust, on a regular expression that takes too many tries: no `Exception`
+        pattern = {"Regex": r"(a|a|aa|aaa)*b(?=c)|(.*)*\1x"}
+        held["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    else:
+        held["model_max_length"] = "long"
+    (source / name).write_text(json.dumps(held))
+    assert [probe.name for probe in make_probes((source,), 200, 131072)][0] == "random tokens"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("The quick brown fox jumps over the lazy dog; 3.14159 is not 22/7, and 1,024 = 2^10.")
+    with pytest.raises(BadInput, match="the tokenizer cannot read it"):
+        make_probes((source,), 200, 256, prompts=prompts)
+    with pytest.raises(BadInput, match="the tokenizer cannot read the prompt"):
+        make_prompt(prompts.read_text(), None, None, str(source))
+    with pytest.raises(BadRow, match="the prompt cannot be tokenised"):
+        encode(load_tokenizer(str(source)), prompts.read_text(), None)
 
 
 def test_prompts_come_from_a_file(tmp_path: Path) -> None:

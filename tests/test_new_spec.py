@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from llmconvert.cli.app import main
 from llmconvert.converters.huggingface import convert
 from llmconvert.errors import BadInput, Refused
 from llmconvert.spec.draft import Draft, draft
@@ -188,3 +189,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert json.loads(written.stdout)["output"] == str(file) and file.read_text() == found["text"]
     again = subprocess.run([*command, "-o", str(file)], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2 and "the file exists" in again.stderr
+
+
+def test_a_link_that_leads_nowhere_is_not_written_through(tmp_path: Path) -> None:
+    source = checkpoints.make("qwen2", tmp_path / "src")
+    (tmp_path / "spec.py").symlink_to(tmp_path / "elsewhere.py")
+    with pytest.raises(SystemExit) as ended:
+        main(["new-spec", str(source), "-o", str(tmp_path / "spec.py")])
+    assert ended.value.code == 2 and not (tmp_path / "elsewhere.py").exists()

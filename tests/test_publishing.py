@@ -515,6 +515,12 @@ FOREIGN = {
 }
 
 
+def test_a_destination_no_library_can_open_is_refused_at_once(sources: Path, tmp_path: Path) -> None:
+    with pytest.raises(Usage, match="not UTF-8"):
+        check_destination(sources, tmp_path / os.fsdecode(b"\xff") / "result", overwrite=False)
+    assert not os.listdir(os.fsencode(tmp_path))
+
+
 @pytest.mark.parametrize("case", FOREIGN)
 def test_overwrite_leaves_what_others_wrote(sources: Path, tmp_path: Path, case: str) -> None:
     add, name = FOREIGN[case]

@@ -179,3 +179,15 @@ def test_what_the_system_refuses_is_no_bug_of_ours(tmp_path: Path) -> None:
     done = _cli("verify", source, source, "--report", tmp_path / "full")
     assert done.returncode == 6, done.stderr
     assert re.search(r"^error: the system refuses: No space left", done.stderr, re.MULTILINE)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_stdout_ends_in_one_message(tmp_path: Path) -> None:
+    source = checkpoints.make("llama", tmp_path / "src", shards=1)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "llmconvert", "inspect", str(source), "--json"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 6 and done.stderr.startswith("error: the system refuses: No space left"), done.stderr
+    assert "Traceback" not in done.stderr

@@ -294,13 +294,28 @@ def test_a_user_is_told_that_code_of_its_own_is_missed_in_silence(tmp_path: Path
     assert (tmp_path / "glm" / CONFIG).read_bytes() == (source / CONFIG).read_bytes()
 
 
-def test_a_template_without_end_does_not_hold_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("template", [
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% set many = messages|length * 100000000000 %}{{ ('a' * many)|length }}",
+])  # fmt: skip
+def test_a_template_is_not_run(tmp_path: Path, template: str) -> None:
     left, right = _two(tmp_path)
-    loop = "{% for a in range(4000) %}{% for b in range(4000) %}{% endfor %}{% endfor %}"
     for directory in (left, right):
-        changed(directory, CONFIG, "{{ bos_token", loop + "{{ bos_token")
-    monkeypatch.setattr("llmconvert.verify.tokenizers._TEMPLATE_SECONDS", 0.05)
+        changed(directory, CONFIG, "{{ bos_token", template + "{{ bos_token")
     assert compare_tokenizers(left, right).verdict is True
+
+
+@pytest.mark.parametrize("name", ["additional_chat_templates/x.jinja", "additional_chat_templates", "added_tokens.json"])
+def test_what_links_out_of_the_checkpoint_is_not_read(tmp_path: Path, name: str) -> None:
+    left, right = _two(tmp_path)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "x.jinja").write_text("secret")
+    (left / name).parent.mkdir(exist_ok=True)
+    (left / name).symlink_to(outside if name.endswith("templates") else outside / "x.jinja")
+    found = compare_tokenizers(left, right)
+    assert found.verdict is False and f"`{name}` is a symlink that leaves the checkpoint" in found.reason
+    assert (outside / "x.jinja").stat().st_atime_ns <= (outside / "x.jinja").stat().st_mtime_ns
 
 
 def test_the_network_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

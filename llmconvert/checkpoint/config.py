@@ -21,6 +21,9 @@ MAX_LAYERS = 10_000
 MAX_EXPERTS = 100_000
 """Of a layer. Both are fifty times what anybody has published; what is larger would take for ever to write out."""
 
+MAX_LABELS = 100_000
+"""Of a classifier. transformers writes out a name for each, whatever the model is for."""
+
 
 class Kind(NamedTuple):
     """What a key's value may be.
@@ -56,6 +59,7 @@ def _is_number(value: Any) -> bool:
 
 
 SIZE, COUNT, LAYERS, EXPERTS = _whole(1, MAX_SIZE), _whole(0, MAX_SIZE), _whole(1, MAX_LAYERS), _whole(0, MAX_EXPERTS)
+LABELS = _whole(0, MAX_LABELS)
 FURTHER, BYTES = _whole(0, MAX_LAYERS), _whole(0, (1 << 63) - 1)
 TOKEN = _whole(-MAX_SIZE, MAX_SIZE)
 TOKENS = _either(TOKEN, _list_of(TOKEN))
@@ -107,7 +111,8 @@ CONFIG: dict[str, Kind] = {
     **dict.fromkeys(("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "qk_head_dim", "v_head_dim",
                      "sliding_window", "max_window_layers", "first_k_dense_replace", "decoder_sparse_step",
                      "num_experts_per_tok", "n_group", "topk_group", "shared_expert_intermediate_size",
-                     "pretraining_tp", "num_labels"), COUNT),
+                     "pretraining_tp"), COUNT),
+    "num_labels": LABELS,
     **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer"), LAYERS),
     "num_nextn_predict_layers": FURTHER,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), EXPERTS),
@@ -217,7 +222,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
     """Check a config.json.
 
     Raises:
-        BadInput: a key has a value no model can have, or is Python's own.
+        BadInput: a key has a value no model can have, is Python's own, or names other weights than are read.
     """
     for key in config:
         if key.startswith("__"):
@@ -225,6 +230,12 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             raise BadInput(
                 f"`{key[:60]}` is no setting of a model", where=where, hint="remove it from a copy of the file"
             )
+    if config.get("transformers_weights") is not None:
+        raise BadInput(
+            "`transformers_weights` names a file that transformers loads in place of the usual ones, and others do not",
+            where=where,
+            hint="in a copy, give the file its usual name (`model.safetensors`) and remove the key",
+        )
     check(config, CONFIG, where)
 
 

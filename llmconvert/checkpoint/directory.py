@@ -24,7 +24,7 @@ WEIGHT_FILES = (
     ("model.safetensors.index.json", "model.safetensors"),
     ("pytorch_model.bin.index.json", "pytorch_model.bin"),
 )
-"""Index and single-file names, in the order they are looked for (transformers' own order)."""
+"""Index and single-file names: safetensors first, as in transformers. Of a pair there is to be one."""
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
@@ -73,6 +73,24 @@ def _shard_path(directory: Path, name: str, index: str) -> Path:
         raise BadInput(f"the index names `{name}`, which is not there", where=where, hint="download the missing shard")
     check_inside(directory, path)
     return path
+
+
+def refuse_two_sets(directory: Path, index: str, single: str) -> None:
+    """Refuse a directory with an index and, beside the files it names, the single file that stands for all of them.
+
+    transformers loads the single file, vLLM and others what the index names.
+
+    Raises:
+        BadInput: it is one.
+    """
+    weight_map = read_json(directory / index).get("weight_map")
+    others = isinstance(weight_map, dict) and any(name != single for name in weight_map.values())
+    if others and os.path.lexists(directory / single):
+        raise BadInput(
+            f"there are two sets of weights: `{single}`, and what `{index}` names; which is meant cannot be told",
+            where=str(directory),
+            hint="move one of the two elsewhere",
+        )
 
 
 def _read_file(path: Path) -> dict[str, StoredTensor]:
@@ -202,6 +220,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     for index, single in WEIGHT_FILES:
         if index in names:
             config = read_config(directory)
+            refuse_two_sets(directory, index, single)
             tensors, notes = _open_sharded(directory, index)
             return Checkpoint(directory, config, tensors, index, notes)
         if single in names:

@@ -46,8 +46,13 @@ def stays_inside(directory: Path, path: Path) -> bool:
     return any(os.path.commonpath((folder, real)) == folder for folder in allowed)
 
 
-def check_inside(directory: Path, path: Path) -> None:
+def check_inside(directory: Path, path: Path, *, hint: str = "copy the file in") -> None:
     """Refuse a file of a checkpoint that is a link to elsewhere.
+
+    Args:
+        directory: the checkpoint's.
+        path: the file.
+        hint: what to do about it.
 
     Raises:
         BadInput: it is.
@@ -56,7 +61,7 @@ def check_inside(directory: Path, path: Path) -> None:
         raise BadInput(
             f"`{path.name}` is a symlink that leaves the checkpoint ({os.path.realpath(path)})",
             where=str(directory),
-            hint="copy the file in",
+            hint=hint,
         )
 
 

@@ -9,6 +9,7 @@ is opened as the one rank that would hold everything.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 from llmconvert.checkpoint.config import ARGUMENTS, ITERATION, check
 from llmconvert.checkpoint.directory import listing, require_directory
-from llmconvert.checkpoint.files import read_bytes, shown
+from llmconvert.checkpoint.files import check_inside, read_bytes, shown
 from llmconvert.checkpoint.stored import StoredTensor, is_name
 from llmconvert.checkpoint.torch_dist import METADATA, open_torch_dist
 from llmconvert.checkpoint.torch_pickle import Inert, read_object
@@ -128,7 +129,7 @@ def release_folder(directory: Path, iteration: int | None = None) -> Path:
     if iteration is not None:
         folder = directory / f"iter_{iteration:07d}"
     elif (directory / LATEST).is_file():
-        text = read_bytes(directory / LATEST, _MAX_TRACKER_BYTES).decode(errors="replace").strip()
+        text = read_bytes(directory / LATEST, _MAX_TRACKER_BYTES, inside=directory).decode(errors="replace").strip()
         if text != "release" and re.fullmatch(r"[0-9]{1,18}", text) is None:
             raise BadInput(
                 f"`{LATEST}` says {shown(text)}, which is neither a number nor `release`", where=str(directory)
@@ -140,6 +141,7 @@ def release_folder(directory: Path, iteration: int | None = None) -> Path:
         there = sorted(p.name for p in directory.glob("iter_*") if p.is_dir())
         hint = f"`--iteration` takes one of {', '.join(name[5:].lstrip('0') for name in there[:6])}" if there else None
         raise BadInput(f"there is no `{folder.name}`", where=str(directory), hint=hint)
+    check_inside(directory, folder, hint=f"give `{os.path.realpath(folder)}` itself")
     return folder
 
 
@@ -164,13 +166,13 @@ def open_megatron(directory: Path, *, iteration: int | None = None, trust_pickle
         other = (release / "config.json").is_file()
         hint = "this is a Hugging Face checkpoint: `llmconvert split` makes a Megatron one of it" if other else None
         raise BadInput("there are no `mp_rank_…` folders", where=str(release), hint=hint)
-    args = _plain(_rank_file(next(iter(folders.values())) / RANK_FILE, trust_pickle).get("args"), release)
+    args = _plain(_rank_file(release, next(iter(folders.values())) / RANK_FILE, trust_pickle).get("args"), release)
     files, tp, pp, ep, etp = _files(release, folders, args)
     tensors: dict[Place, dict[str, tuple[Tile, ...]]] = {}
     first: Any = None
     left_out, vpp = 0, 1
     for (p, t, e), path in sorted(files.items()):
-        value = _rank_file(path, trust_pickle)
+        value = _rank_file(release, path, trust_pickle)
         models = sorted(
             (key for key in value if re.fullmatch(r"model\d{0,4}", str(key))), key=lambda key: int(key[5:] or 0)
         )
@@ -191,10 +193,11 @@ def open_megatron(directory: Path, *, iteration: int | None = None, trust_pickle
     )
 
 
-def _rank_file(path: Path, trust_pickle: bool) -> dict[str, Any]:
+def _rank_file(release: Path, path: Path, trust_pickle: bool) -> dict[str, Any]:
     hint = "add `--trust-pickle` to read past it; it becomes an inert stand-in and is not run"
     if not path.is_file():
         raise BadInput("the file is missing", where=str(path), hint="copy the whole checkpoint again")
+    check_inside(release, path)
     value = read_object(path, inert="anything" if trust_pickle else "harmless", hint=hint)
     if not isinstance(value, dict):
         raise BadInput("the rank file does not hold a dictionary", where=str(path))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from llmconvert.checkpoint.directory import read_json, stays_inside
 from llmconvert.checkpoint.dtypes import TO_NAME
-from llmconvert.checkpoint.files import read_bytes
+from llmconvert.checkpoint.files import check_inside, read_bytes
 from llmconvert.checkpoint.stored import StoredTensor, is_name
 from llmconvert.checkpoint.torch_pickle import Inert, read_inert, read_object
 from llmconvert.checkpoint.torch_zip import Called, Global, Instance, Slot, lay_out_torch, pickled, torch_saved
@@ -107,7 +107,7 @@ def open_torch_dist(
             raise Refused(f"the checkpoint's backend is `{backend}`, not torch_dist", where=str(folder))
     where = str(folder / METADATA)
     try:
-        metadata = read_inert(read_bytes(folder / METADATA, _MAX_METADATA_BYTES), _harmless).state
+        metadata = read_inert(read_bytes(folder / METADATA, _MAX_METADATA_BYTES, inside=folder), _harmless).state
         described, places = metadata["state_dict_metadata"], metadata["storage_data"]
         stored = {
             (
@@ -144,6 +144,7 @@ def open_torch_dist(
     common: Any = {}
     if os.path.lexists(folder / COMMON):
         hint = "add `--trust-pickle` to read past it; it becomes an inert stand-in and is not run"
+        check_inside(folder, folder / COMMON)
         common = read_object(folder / COMMON, inert="anything" if trust_pickle else "harmless", hint=hint)
     if not isinstance(common, dict):
         raise BadInput(f"`{COMMON}` does not hold a dictionary", where=str(folder))

@@ -639,11 +639,12 @@ def new_spec(
 
     from llmconvert.spec.draft import draft
 
-    if output is not None and output.exists():
+    if output is not None and os.path.lexists(output):
         raise Usage("the file exists", where=str(output), hint="name another")
     found = draft(source)
     if output is not None:
-        output.write_text(found.text, encoding="utf-8")
+        with output.open("x", encoding="utf-8") as file:  # not through a link that leads nowhere
+            file.write(found.text)
     Output(json_mode=json).result(
         {**asdict(found), "output": None if output is None else str(output)}, found.text.rstrip() if output is None else None
     )
@@ -713,7 +714,10 @@ def main(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         refusal = InputOutput(f"the system refuses: {error.strerror or error}", where=_named(error))
-        show_error(refusal, json_mode=json_mode)
+        try:
+            show_error(refusal, json_mode=json_mode)
+        except OSError:  # it is stdout that failed
+            show_error(refusal, json_mode=False)
         sys.exit(refusal.exit_code)
     except Exception as error:
         message = getattr(error, "format_message", None)

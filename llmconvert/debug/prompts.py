@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llmconvert.checkpoint.directory import holds_vocabulary
-from llmconvert.errors import Refused, Usage
+from llmconvert.errors import BadInput, Refused, Usage
+from llmconvert.verify.probes import ids_of
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ def make_prompt(
     Raises:
         Usage: not exactly one of text and ids is given, or there are no tokens, or several rows.
         Refused: there is no tokenizer for the text.
+        BadInput: the tokenizer fails.
     """
     if (prompt is None) == (input_ids is None):
         raise Usage("give either a prompt or input ids", hint="`--prompt TEXT`, or `--input-ids 5,17,42`")
@@ -117,7 +119,12 @@ def make_prompt(
     if prompt is not None:
         if tokenizer is None:
             raise Refused("there is no tokenizer to read the prompt with", where=folder, hint="give `--input-ids`")
-        input_ids = tokenizer(prompt)["input_ids"]
+        try:
+            input_ids = ids_of(tokenizer, prompt)
+        except ValueError as error:
+            raise BadInput(
+                f"the tokenizer cannot read the prompt: {error}", where=folder, hint="give `--input-ids`"
+            ) from None
     try:
         ids = torch.as_tensor(input_ids).long()
     except (ValueError, OverflowError, RuntimeError) as error:
@@ -139,6 +146,6 @@ def read_tokenizer(folder: str) -> Any:
     register()
     try:
         made = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError):
+    except Exception:  # noqa: BLE001  # of several libraries, down to bare `Exception`
         return None
     return made if not Path(folder).is_dir() or holds_vocabulary(Path(folder), made) else None

@@ -39,6 +39,12 @@ def check_destination(source: Path, destination: Path, *, overwrite: bool, resum
     where = str(destination)
     if destination.name in ("", ".."):
         raise Usage("the destination has no name of its own", where=where, hint="name the directory to make")
+    try:
+        os.path.abspath(destination).encode()
+    except UnicodeEncodeError:
+        raise Usage(
+            "the destination's path is not UTF-8, and safetensors opens no other", where=where, hint="name another"
+        ) from None
     real_source, real_destination = (Path(os.path.realpath(path)) for path in (source, destination))
     if real_source == real_destination:
         raise Usage("the destination is the source", where=where, hint="name another directory")

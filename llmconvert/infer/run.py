@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmconvert.checkpoint.config import read_config
 from llmconvert.checkpoint.directory import refuse_pointers
 from llmconvert.errors import BadInput, InputOutput, LlmconvertError, Usage
 from llmconvert.infer.batches import batches
@@ -178,6 +179,8 @@ class Infer:
         source = open_source(str(self.data_path), self.split)
         self._check_names(source)
         model = _model_directory(str(self.model_path)).absolute()  # workers are in another directory
+        if os.path.lexists(model / "config.json"):
+            read_config(model)  # before libraries are told to open what is there
         on_ray = self.engine == "ray" or self.engine.startswith("ray:")
         if on_ray:
             from llmconvert.infer.ray_data import RayCopies

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmconvert.checkpoint import config as configs
-from llmconvert.checkpoint.directory import no_weights, refuse_pointers, require_directory
+from llmconvert.checkpoint.directory import no_weights, refuse_pointers, refuse_two_sets, require_directory
 from llmconvert.checkpoint.files import check_inside, read_json
 from llmconvert.checkpoint.megatron import is_megatron, open_megatron
 from llmconvert.checkpoint.safetensors import read_header
@@ -118,6 +118,7 @@ def weight_files(directory: Path) -> list[Path]:
         names: set[Any] = {single} if (directory / single).is_file() else set()
         if (directory / index).is_file():
             refuse_pointers(directory, [index])
+            refuse_two_sets(directory, index, single)
             weight_map = read_json(directory / index).get("weight_map")
             names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
             if not names:

@@ -135,7 +135,24 @@ def _text_rows(directories: Sequence[Path]) -> list[list[int]]:
     tokenizer = _tokenizer(directories)
     if tokenizer is None:
         return []
-    return [list(tokenizer(text)["input_ids"])[:_MOST_TOKENS] for text in _TEXTS]  # type: ignore[operator]
+    try:
+        return [ids_of(tokenizer, text)[:_MOST_TOKENS] for text in _TEXTS]
+    except ValueError:
+        return []  # whether it is a good tokenizer is asked elsewhere: random tokens do as well
+
+
+def ids_of(tokenizer: object, text: str) -> list[int]:
+    """A text's ids.
+
+    Raises:
+        ValueError: the tokenizer fails, in whatever way.
+    """
+    try:
+        return [int(number) for number in tokenizer(text)["input_ids"]]  # type: ignore[operator]
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # of several libraries, down to panics of Rust, which are no `Exception`
+        raise ValueError((str(error) or type(error).__name__).splitlines()[0]) from None
 
 
 def _prompt_rows(path: Path, directories: Sequence[Path]) -> list[list[int]]:
@@ -158,7 +175,10 @@ def _prompt_rows(path: Path, directories: Sequence[Path]) -> list[list[int]]:
         if isinstance(value, list) and value and all(isinstance(token, int) and token >= 0 for token in value):
             rows.append(value)
         elif isinstance(value, str) and tokenizer is not None:
-            rows.append(list(tokenizer(value)["input_ids"]))  # type: ignore[operator]
+            try:
+                rows.append(ids_of(tokenizer, value))
+            except ValueError as error:
+                raise BadInput(f"the tokenizer cannot read it: {error}", where=f"{path}, line {number}") from None
         elif isinstance(value, str):
             raise BadInput(
                 "neither checkpoint has a tokenizer that loads without code of its own",

@@ -7,7 +7,6 @@ never run; where a tokenizer needs it, its files are compared byte for byte.
 from __future__ import annotations
 
 import json
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from llmconvert.checkpoint.files import stays_inside
 
 TEXTS: tuple[str, ...] = (
     "",
@@ -46,30 +47,13 @@ TEXTS: tuple[str, ...] = (
 )
 """Scripts, spaces, digits, code, control characters, normal forms, and what other tokenizers treat apart."""
 
-_CHATS: tuple[list[dict[str, str]], ...] = (
-    [{"role": "user", "content": "Hello,  world! 12345"}],
-    [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "你好\n\nA question?"},
-        {"role": "assistant", "content": " An answer."},
-        {"role": "user", "content": "<b>Thanks</b>"},
-    ],
-)
-_TOOLS = [
-    {"type": "function", "function": {
-        "name": "add", "description": "Add.", "parameters": {
-            "type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"]}}},
-]  # fmt: skip
-_TEMPLATE_SECONDS = 10.0
-"""A template is a program of the checkpoint's: it may not end."""
-_ENDLESS = f"nothing within {_TEMPLATE_SECONDS:.0f} s"
-
 _SETTINGS = "tokenizer_config.json"
 _OURS = "tokenization_llmconvert."
 _FILES = (
     "tokenizer.json", "tokenizer.model", "tiktoken.model", "tekken.json", "spiece.model", "vocab.json", "vocab.txt",
     "merges.txt", _SETTINGS, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_OTHERS, _TEMPLATES = ("*.tiktoken", "tokenization_*.py"), "additional_chat_templates"
 _VOCABULARIES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -116,15 +100,19 @@ def compare_tokenizers(left: Path, right: Path) -> SameTokenizer:
     """Load the tokenizers of two directories and compare all they do.
 
     Compared are the vocabulary, merges, special and added tokens, ids with and without special tokens, offsets, pairs,
-    texts from ids, and what the chat templates write. The network is not touched.
+    texts from ids, and the chat templates. The network is not touched.
 
     Args:
         left: a directory with config.json.
         right: another.
     """
-    left, right = _home(left), _home(right)
+    roots, (left, right) = (left, right), (_home(left), _home(right))
     if not _holds_tokenizer(left):
         return SameTokenizer(None, "there is no tokenizer")
+    for root, directory in zip(roots, (left, right), strict=True):
+        stray = _stray(root, directory)
+        if stray is not None:
+            return SameTokenizer(False, f"`{stray}` is a symlink that leaves the checkpoint")
     if find_spec("transformers") is None:
         return SameTokenizer(None, "not compared: transformers is not installed")
     if needs_code(left):
@@ -193,6 +181,15 @@ def _holds_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _VOCABULARIES) or bool(list(directory.glob("*.tiktoken")))
 
 
+def _stray(root: Path, directory: Path) -> str | None:
+    """The first file that transformers would open although a link leads to it, out of the checkpoint."""
+    paths = [directory / name for name in _FILES] + [directory / _TEMPLATES]
+    for pattern in (*_OTHERS, "*.model", "vocab*", f"{_TEMPLATES}/*"):
+        paths += sorted(directory.glob(pattern))
+    strays = (path for path in paths if path.exists() and not stays_inside(root, path))
+    return next((str(path.relative_to(directory)) for path in strays), None)
+
+
 def _home(directory: Path) -> Path:
     """Where a checkpoint's tokenizer is: a Megatron checkpoint that `split` wrote has it in a folder."""
     inner = directory / "hf"
@@ -202,7 +199,7 @@ def _home(directory: Path) -> Path:
 def _compare_files(left: Path, right: Path) -> SameTokenizer:
     """By their bytes, where running them would run code of the checkpoint's."""
     names = [name for name in _FILES if (left / name).is_file() and name != _SETTINGS]
-    patterns = ("*.tiktoken", "tokenization_*.py", "additional_chat_templates/*.jinja")
+    patterns = (*_OTHERS, f"{_TEMPLATES}/*.jinja")
     names += sorted(
         str(path.relative_to(left)) for pattern in patterns for path in left.glob(pattern) if path.is_file()
     )
@@ -376,24 +373,20 @@ def _decoded(first: Any, second: Any, ids: list[int]) -> str | None:
 
 
 def _templates(first: Any, second: Any, texts: Sequence[str]) -> str | None:
+    """Templates are compared, not run: a program of the checkpoint's may take for ever, or all memory.
+
+    What one writes depends on its text, on the special tokens by name, and on the method that runs it.
+    """
     before, after = (getattr(tokenizer, "chat_template", None) for tokenizer in (first, second))
     if before != after:
         return "the chat template differs" if before and after else f"there is {'no' if before else 'a'} chat template"
     if not before:
         return None
-    for chat in _CHATS:
-        for options in ({}, {"add_generation_prompt": True}, {"add_generation_prompt": True, "tools": _TOOLS}):
-            written = [_in_time(partial(_rendered, of, chat, options)) for of in (first, second)]
-            if written[0] == written[1] == _ENDLESS:
-                return None  # the templates' texts are equal
-            if written[0] != written[1]:
-                return f"the chat template writes {_shown(written[1])}, in the source {_shown(written[0])}"
-    return None
-
-
-def _rendered(tokenizer: Any, chat: list[dict[str, str]], options: Mapping[str, Any]) -> Any:
-    text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
-    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
+    given = [{name: str(token) for name, token in of.special_tokens_map.items()} for of in (first, second)]
+    if given[0] != given[1]:
+        return f"the chat template is given {_shown(given[1])}, in the source {_shown(given[0])}"
+    ways = [getattr(type(of), "apply_chat_template", None) for of in (first, second)]
+    return None if ways[0] is ways[1] else "the two classes write chats each in a way of its own"
 
 
 _CHECKS: tuple[Callable[[Any, Any, Sequence[str]], str | None], ...] = (
@@ -428,15 +421,6 @@ def _guarded(call: Callable[[], Any]) -> Any:
         raise
     except BaseException as error:  # panics of Rust, too; both are to raise alike
         return f"{type(error).__name__}: {error}"
-
-
-def _in_time(call: Callable[[], Any]) -> Any:
-    """A result, or an error in words, or, where neither comes, that."""
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(_guarded(call)), daemon=True)
-    thread.start()
-    thread.join(_TEMPLATE_SECONDS)
-    return found[0] if found else _ENDLESS
 
 
 def _text(token: Any) -> str | None:

@@ -54,9 +54,9 @@ def encode(tokenizer: Any, prompt: Prompt, room: int | None) -> list[int]:
                 raise BadRow("the row is a chat, and the tokenizer has no chat template")
             text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    except BadRow:
+    except (BadRow, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # templates raise what they like
+    except BaseException as error:  # templates raise what they like, and panics of Rust are no `Exception`
         raise BadRow(
             f"the prompt cannot be tokenised: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from None

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmconvert.checkpoint.directory import listing
 from llmconvert.errors import BadInput, LlmconvertError, Refused, Usage
 from llmconvert.infer.engines import Copy, first_line, refuse_own_options
 from llmconvert.infer.engines.decoding import Draw, Halt, cut_at_stop, decode
@@ -235,9 +236,15 @@ def _load(copy: Copy) -> Any:
         free = {number: torch.cuda.mem_get_info(number)[0] for number in numbers}
         options |= {"device_map": "balanced", "max_memory": {number: int(0.9 * free[number]) for number in numbers}}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            copy.model, local_files_only=True, trust_remote_code=False, **options, **copy.options
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            copy.model, local_files_only=True, trust_remote_code=False, output_loading_info=True, **options, **copy.options
         )
+        if info["missing_keys"]:  # transformers draws them at random
+            raise BadInput(
+                f"the checkpoint has no weights for {listing(sorted(info['missing_keys']))}",
+                where=copy.model,
+                hint="copy the whole checkpoint again",
+            )
         if len(copy.devices) == 1:
             model = model.to(copy.devices[0])
     except TypeError as error:
