@@ -155,10 +155,11 @@ def prove_tokenizer(source: Path, written: Path) -> dict[str, Any]:
 
     Raises:
         ProofFailed: they are not one.
+        BadInput: reading them takes more than such files should.
     """
-    from llmconvert.verify.tokenizers import compare_tokenizers
+    from llmconvert.verify.apart import compare_tokenizers_apart
 
-    found = compare_tokenizers(source, written)
+    found = compare_tokenizers_apart(source, written)
     if found.verdict is False:
         raise ProofFailed(
             f"the tokenizer would change: {found.reason}", where=str(source),

@@ -25,8 +25,9 @@ from llmconvert.converters.megatron.grid import Grid
 from llmconvert.converters.megatron.merge import merge_checkpoint
 from llmconvert.converters.megatron.split import split_checkpoint
 from llmconvert.converters.reward import to_reward
-from llmconvert.errors import ProofFailed
+from llmconvert.errors import BadInput, ProofFailed
 from llmconvert.spec.registry import registry
+from llmconvert.verify import apart
 from llmconvert.verify.tokenizers import TEXTS, compare_tokenizers
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
@@ -444,3 +445,29 @@ def test_verify_says_whether_the_tokenizers_are_one(tmp_path: Path) -> None:
     (tmp_path / "there" / CONFIG).write_bytes((source / CONFIG).read_bytes())
     said = CliRunner().invoke(app, ["verify", str(source), str(tmp_path / "there"), "--json"])
     assert said.exit_code == ProofFailed.exit_code and json.loads(said.stdout)["tokenizer"]["verdict"] is False
+
+
+def _normalised(directory: Path, **changes: object) -> None:
+    path = directory / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_a_tokenizer_without_bounds_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, right = _two(tmp_path)
+    grows = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+    for directory in (left, right):
+        _normalised(directory, normalizer={"type": "Sequence", "normalizers": [grows] * 3})
+    with pytest.raises(BadInput, match="GB of memory") as caught:
+        apart.compare_tokenizers_apart(left, right)
+    assert "--verify none" in (caught.value.hint or "")
+    monkeypatch.setattr(apart, "SECONDS", 0.2)
+    with pytest.raises(BadInput, match=r"more than 0\.2 s"):
+        apart.compare_tokenizers_apart(left, right)
+
+
+def test_a_process_of_its_own_finds_the_same(tmp_path: Path) -> None:
+    left, right = _two(tmp_path)
+    assert apart.compare_tokenizers_apart(left, right) == compare_tokenizers(left, right)
+    _normalised(right, normalizer={"type": "Lowercase"})
+    found = apart.compare_tokenizers_apart(left, right)
+    assert found.verdict is False and found == compare_tokenizers(left, right)

@@ -281,13 +281,14 @@ def verify_command(
     from llmconvert.cli import render
     from llmconvert.converters.equality import compare_weights
     from llmconvert.errors import ProofFailed
+    from llmconvert.verify.apart import compare_tokenizers_apart
     from llmconvert.verify.logits import compare_logits
     from llmconvert.verify.page import render_page
-    from llmconvert.verify.tokenizers import compare_tokenizers
 
     output = Output(json_mode=json, quiet=quiet)
     if report is not None and not report.parent.is_dir():
         raise Usage("the report's directory does not exist", where=str(report.parent))
+    tokenizer = compare_tokenizers_apart(left, right).to_dict()
     with output.progress("layers") as progress:
         found = compare_logits(
             left, right, dtype=compute_dtype, device=device, load=load, attention=attn_implementation,
@@ -295,7 +296,6 @@ def verify_command(
             progress=lambda done, total: progress("logits", done, total),
         )  # fmt: skip
     equality = compare_weights(left, right, spec_file=spec_file).to_dict() if weights else None
-    tokenizer = compare_tokenizers(left, right).to_dict()
     engine = None
     if reader is not None:
         from llmconvert.verify.readers import compare_with_model

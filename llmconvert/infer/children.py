@@ -7,13 +7,11 @@ child is handed this process's import path, and its current directory, which its
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-import llmconvert
+from llmconvert.engine.interpreters import import_path
 
 # `os` and `sys` are loaded by the time this runs: nothing is looked for before the path is set.
 _BOOT = """
@@ -24,26 +22,6 @@ sys.path[:] = sys.argv[4:]
 from llmconvert.infer.worker import main
 main(connection, lifeline)
 """
-
-
-def import_path() -> list[str]:
-    """Where this process finds modules, as absolute paths, so that they mean the same elsewhere."""
-    path = [os.path.abspath(entry) for entry in sys.path]
-    own = str(Path(llmconvert.__file__).parent.parent)  # found by `-m` in a checkout, which is then not on the path
-    return path + ([] if own in path else [own])
-
-
-def environment(added: Mapping[str, str], defaults: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment for a child with another current directory.
-
-    Args:
-        added: variables to set.
-        defaults: variables to set where the user has not.
-    """
-    made = {**defaults, **os.environ, **added}
-    # To Python an empty entry is the current directory.
-    named = [os.path.abspath(entry) for entry in made.pop("PYTHONPATH", "").split(os.pathsep) if entry]
-    return made | ({"PYTHONPATH": os.pathsep.join(named)} if named else {})
 
 
 def start_worker(

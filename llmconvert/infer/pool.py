@@ -20,9 +20,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from llmconvert.engine.interpreters import environment
 from llmconvert.errors import InputOutput, Refused
 from llmconvert.infer.batches import Batch
-from llmconvert.infer.children import environment, start_worker
+from llmconvert.infer.children import start_worker
 from llmconvert.infer.engines import Copy
 from llmconvert.infer.store import Answer, Log, Store
 from llmconvert.infer.worker import Done, Failed, Finished, Ready

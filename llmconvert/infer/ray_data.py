@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from llmconvert.engine.interpreters import environment
 from llmconvert.errors import LlmconvertError, Refused, Usage
 from llmconvert.infer.batches import Batch
-from llmconvert.infer.children import environment
 from llmconvert.infer.engines import Copy, build
 from llmconvert.infer.pool import Tally
 from llmconvert.infer.store import Answer, Log, Store

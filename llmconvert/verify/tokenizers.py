@@ -96,6 +96,19 @@ class SameTokenizer:
         return asdict(self)
 
 
+def is_told_from_files(left: Path) -> bool:
+    """Whether `compare_tokenizers` loads nothing: there is no tokenizer, nothing to load it, or it has code of its own."""
+    home = _home(left)
+    return not _holds_tokenizer(home) or find_spec("transformers") is None or needs_code(home)
+
+
+def files_of(directory: Path) -> list[Path]:
+    """The files a directory's tokenizer is read from."""
+    home = _home(directory)
+    patterns = (*_FILES, *_OTHERS, f"{_TEMPLATES}/*.jinja")
+    return sorted({path for pattern in patterns for path in home.glob(pattern) if path.is_file()})
+
+
 def compare_tokenizers(left: Path, right: Path) -> SameTokenizer:
     """Load the tokenizers of two directories and compare all they do.
 
