@@ -14,7 +14,7 @@ from typing import Any
 
 from llmconvert.engine.interpreters import environment, import_path
 from llmconvert.errors import BadInput
-from llmconvert.verify.tokenizers import SameTokenizer, compare_tokenizers, files_of, is_told_from_files
+from llmconvert.verify.tokenizers import SameTokenizer, check_links, compare_tokenizers, files_of, is_told_from_files
 
 SECONDS = 300
 _MEMORY, _PER_BYTE = 1 << 30, 50
@@ -49,8 +49,10 @@ def compare_tokenizers_apart(left: Path, right: Path) -> SameTokenizer:
         right: another.
 
     Raises:
-        BadInput: it takes more memory or time than such files should, or ends the process that reads them.
+        BadInput: a file is a link out of its directory; reading takes more memory or time than such files should, or
+            ends the process that reads them.
     """
+    check_links(left, right)
     if is_told_from_files(left):
         return compare_tokenizers(left, right)
     memory = _MEMORY + _PER_BYTE * sum(path.stat().st_size for path in (*files_of(left), *files_of(right)))

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from llmconvert.checkpoint.files import stays_inside
+from llmconvert.checkpoint.files import check_inside
 
 TEXTS: tuple[str, ...] = (
     "",
@@ -118,14 +118,14 @@ def compare_tokenizers(left: Path, right: Path) -> SameTokenizer:
     Args:
         left: a directory with config.json.
         right: another.
+
+    Raises:
+        BadInput: a file is a link out of its directory.
     """
-    roots, (left, right) = (left, right), (_home(left), _home(right))
+    check_links(left, right)
+    left, right = _home(left), _home(right)
     if not _holds_tokenizer(left):
         return SameTokenizer(None, "there is no tokenizer")
-    for root, directory in zip(roots, (left, right), strict=True):
-        stray = _stray(root, directory)
-        if stray is not None:
-            return SameTokenizer(False, f"`{stray}` is a symlink that leaves the checkpoint")
     if find_spec("transformers") is None:
         return SameTokenizer(None, "not compared: transformers is not installed")
     if needs_code(left):
@@ -194,13 +194,20 @@ def _holds_tokenizer(directory: Path) -> bool:
     return any((directory / name).is_file() for name in _VOCABULARIES) or bool(list(directory.glob("*.tiktoken")))
 
 
-def _stray(root: Path, directory: Path) -> str | None:
-    """The first file that transformers would open although a link leads to it, out of the checkpoint."""
-    paths = [directory / name for name in _FILES] + [directory / _TEMPLATES]
-    for pattern in (*_OTHERS, "*.model", "vocab*", f"{_TEMPLATES}/*"):
-        paths += sorted(directory.glob(pattern))
-    strays = (path for path in paths if path.exists() and not stays_inside(root, path))
-    return next((str(path.relative_to(directory)) for path in strays), None)
+def check_links(left: Path, right: Path) -> None:
+    """Refuse files that transformers would open although a link leads to them, out of the checkpoint.
+
+    Raises:
+        BadInput: naming the first, where there is a tokenizer at all.
+    """
+    for root in (left, right) if _holds_tokenizer(_home(left)) else ():
+        home = _home(root)
+        paths = [home / name for name in _FILES] + [home / _TEMPLATES]
+        for pattern in (*_OTHERS, "*.model", "vocab*", f"{_TEMPLATES}/*"):
+            paths += sorted(home.glob(pattern))
+        for path in paths:
+            if path.exists():
+                check_inside(root, path)
 
 
 def _home(directory: Path) -> Path:
