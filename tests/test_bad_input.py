@@ -406,6 +406,7 @@ def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
     assert not (tmp_path / "dst").exists()
 
 
+@pytest.mark.slow
 def test_two_runs_into_one_destination(tmp_path: Path) -> None:
     source = checkpoints.make("qwen2", tmp_path / "src")
     holder = (

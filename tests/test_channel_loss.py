@@ -189,6 +189,7 @@ def one_process(batches_: list[list[dict[str, Any]]]) -> dict[str, tuple[float, 
     return by_token(seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["two_named", "four_named", "two_unnamed", "four_unnamed", "duplicates", "parts"])
 def test_several_processes_find_what_one_finds(found: list[dict[str, Any]], case: str) -> None:
     expected = one_process(ranks.microbatches())

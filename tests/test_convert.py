@@ -8,6 +8,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
+from slowly import slowly
 
 from llmconvert.canonical import lowerings
 from llmconvert.canonical.model import CanonicalModel
@@ -40,7 +41,7 @@ def test_to_llama_keeps_the_logits(arch: str, tmp_path: Path) -> None:
     assert result.greedy_agreement == 1.0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *slowly([torch.float32, torch.float16])])
 @pytest.mark.parametrize("arch", BACK)
 def test_back_is_bitwise(arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = checkpoints.make(arch, tmp_path / "src", dtype=dtype)
@@ -86,7 +87,7 @@ def test_reads_every_form(form: int, fmt: str, shards: int, tmp_path: Path) -> N
     assert compare_logits(source, tmp_path / "dst").relative == 0.0
 
 
-@pytest.mark.parametrize("source_arch", ["glm", "internlm2", "qwen2", "phi3"])
+@pytest.mark.parametrize("source_arch", ["glm", "internlm2", *slowly(["qwen2", "phi3"])])
 @pytest.mark.parametrize("target", ["mistral", "llama", "phi3"])
 def test_any_to_any(source_arch: str, target: str, tmp_path: Path) -> None:
     overrides = {"attention_bias": False} if source_arch == "glm" else {}

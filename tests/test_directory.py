@@ -11,6 +11,7 @@ from pathlib import Path
 import checkpoints
 import pytest
 import torch
+from slowly import slowly
 
 from llmconvert.checkpoint import open_checkpoint
 from llmconvert.converters.huggingface import convert
@@ -137,7 +138,7 @@ def test_dtype_equals_torch(dtype: str, stored: torch.dtype, tmp_path: Path) -> 
     assert any("rounded" in note for note in report.notes) == narrowed
 
 
-@pytest.mark.parametrize("arch", ["gemma", "granite"])
+@pytest.mark.parametrize("arch", ["gemma", *slowly(["granite"])])
 def test_folding_in_bfloat16_rounds_once(arch: str, tmp_path: Path) -> None:
     source = checkpoints.make(arch, tmp_path / "src", dtype=torch.bfloat16)
     convert(source, tmp_path / "exact", to="llama", dtype="float32")
@@ -201,6 +202,7 @@ def test_json_is_one_object_and_humans_read_stderr(tmp_path: Path) -> None:
         assert isinstance(json.loads(done.stdout), dict)
 
 
+@pytest.mark.slow
 def test_verify_tells_models_apart(tmp_path: Path) -> None:
     one = checkpoints.make("llama", tmp_path / "one", seed=1)
     two = checkpoints.make("llama", tmp_path / "two", seed=2)
@@ -210,6 +212,7 @@ def test_verify_tells_models_apart(tmp_path: Path) -> None:
     assert _cli("verify", one, one).returncode == 0
 
 
+@pytest.mark.slow
 def test_family_commands(tmp_path: Path) -> None:
     source = checkpoints.make("qwen2", tmp_path / "src")
     done = _cli("glm-to-llama", source, tmp_path / "dst")
@@ -332,6 +335,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow
 def test_mixed_dtypes_that_would_be_packed(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

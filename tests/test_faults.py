@@ -13,6 +13,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
+from slowly import slowly
 from torch import Tensor
 
 from llmconvert.canonical import lowerings
@@ -128,7 +129,7 @@ def _found(report: LogitsReport, layer: int | None, part: str, modules: set[str]
     assert first.first and first.place in report.reason
 
 
-@pytest.mark.parametrize("load", ["whole", "layers"])
+@pytest.mark.parametrize("load", [*slowly(["whole"]), "layers"])
 @pytest.mark.parametrize(
     ("arch", "edit", "layer", "part", "modules", "words"),
     FAULTS,
@@ -266,7 +267,7 @@ def test_rounding_nobody_asked_for_is_a_difference_and_asked_for_is_none(dtype: 
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "glm", "gemma", "mistral_sliding"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [*slowly(["float32"]), "bfloat16"])
 def test_another_attention_kernel_is_no_difference(arch: str, dtype: str, tmp_path: Path) -> None:
     source = tiny.make(arch, tmp_path / "source")
     report = compare_logits(source, source, device="cpu", attention="eager,sdpa", dtype=dtype)
@@ -274,7 +275,7 @@ def test_another_attention_kernel_is_no_difference(arch: str, dtype: str, tmp_pa
     assert report.max_abs > 0 and report.relative <= report.floor
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", *slowly(["bfloat16", "float16"])])
 @pytest.mark.parametrize("arch", ["glm", "ernie4_5", "chatglm2", "glm4_9b", "phi3"])
 def test_permuted_rows_are_no_difference(arch: str, dtype: str, tmp_path: Path) -> None:
     source, result = _converted(arch, tmp_path, dtype)

@@ -40,6 +40,7 @@ from infer_runs import (
     write_rows,
 )  # fmt: skip
 from safetensors.torch import load_file, save_file
+from slowly import slowly
 
 from llmconvert.errors import BadInput, LlmconvertError, Refused, Usage
 from llmconvert.infer import Infer
@@ -246,6 +247,7 @@ def test_what_is_too_long_or_has_no_template_is_recorded(model: Path, prompts: l
     assert "roles must alternate" in str(group[0].error)
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_halves_batches(model: Path, prompts: list[Any]) -> None:
     expected = outputs(engine(model, 48, max_new_tokens=6), prompts)
     made = engine(model, 48, max_new_tokens=6)
@@ -390,7 +392,7 @@ def test_a_model_that_never_loads_ends_the_run_with_its_last_words(place: Path) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("victims", ["parent", "both"])
+@pytest.mark.parametrize("victims", ["parent", *slowly(["both"])])
 def test_a_run_killed_again_and_again_resumes_to_the_same_bytes(place: Path, victims: str) -> None:
     orders(place, sleep=0.01)
     lost: set[int] = set()
@@ -599,6 +601,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_two_copies_on_ray_write_the_same_bytes(cluster: None, model: Path, prompts: list[Any], tmp_path: Path) -> None:
     data = write_rows(tmp_path / "data.jsonl", [{"prompt": prompt, "id": seed} for seed, prompt in enumerate(prompts)])
     options: dict[str, Any] = {"dtype": "float32", "batch_size": 6, "max_new_tokens": 10}
@@ -622,6 +625,7 @@ def test_four_copies_on_ray_survive_a_death_and_a_cursed_row(cluster: None, plac
 # -- the command line -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_said_before_anything_is_loaded(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
     names = [str(place / "model"), str(place / "data.jsonl"), str(place / "out.jsonl")]
     for arguments, words_ in (

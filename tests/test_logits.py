@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
+from slowly import slowly
 from torch import Tensor
 
 from llmconvert.debug.prompts import make_prompt
@@ -51,7 +52,7 @@ def _logits(model: torch.nn.Module, probe: logits.Probe) -> Tensor:
 
 
 @pytest.mark.parametrize("arch", RUNNABLE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [*slowly([torch.float32]), torch.bfloat16])
 def test_layer_by_layer_is_the_models_own_forward_bit_for_bit(arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
     source = tiny.make(arch, tmp_path / "source")
     probes = make_probes((source,), 131, 256)

@@ -36,6 +36,7 @@ def controls() -> dict[str, str]:
 
 
 @pytest.mark.xdist_group("faults-judge")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [control.program.__name__ for control in CONTROLS])
 def test_a_broken_variant_is_found_out(name: str, controls: dict[str, str]) -> None:
     assert controls[name] == ""
