@@ -80,7 +80,7 @@ def test_halves_are_found_in_every_build(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cls", "parallel"), [("OlmoConfig", False), ("Olmo2Config", False), ("CohereConfig", True), ("OPTConfig", True)]
+    ("cls", "parallel"), [*slowly([("OlmoConfig", False), ("OPTConfig", True)]), ("Olmo2Config", False), ("CohereConfig", True)]
 )
 def test_halves_of_post_norm_and_parallel_layers(cls: str, parallel: bool, tmp_path: Path) -> None:
     """Builds no spec knows: norms after the branches, and branches side by side."""
@@ -143,8 +143,9 @@ def test_float64_is_float64_throughout(arch: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arch, dtype", [
-    *itertools.product(["llama", "qwen", "baichuan2", "glm4_9b", "gemma"], ["float32", "float64", "bfloat16"]),
-    *itertools.product(["mixtral", "deepseek_v3"], ["float32", "float64", "bfloat16"]),
+    *itertools.product(["llama", "qwen", "baichuan2", "glm4_9b", "gemma", "mixtral", "deepseek_v3"], ["float32"]),
+    *slowly(itertools.product(["llama", "qwen", "baichuan2", "glm4_9b", "gemma", "mixtral"], ["float64", "bfloat16"])),
+    ("deepseek_v3", "float64"), ("deepseek_v3", "bfloat16"),
 ])  # fmt: skip
 def test_the_same_weights_give_exactly_zero(arch: str, dtype: str, tmp_path: Path) -> None:
     one, two = tiny.make(arch, tmp_path / "one"), tiny.make(arch, tmp_path / "two", shards=False, fmt="bin")

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
+from slowly import slowly
 from test_megatron_oracle import LATENT
 
 from llmconvert.checkpoint.torch_dist import open_torch_dist
@@ -90,7 +91,7 @@ def relative(found: np.ndarray | oracle.Failed, wanted: np.ndarray) -> float:
 
 
 @needs_megatron
-@pytest.mark.parametrize("fmt", ["torch", "torch_dist"])
+@pytest.mark.parametrize("fmt", [*slowly(["torch"]), "torch_dist"])
 def test_megatron_core_loads_what_split_writes_and_gives_the_logits_of_transformers(fmt: str, tmp_path: Path) -> None:
     jobs = []
     for name, case in LOADED.items():
@@ -209,6 +210,7 @@ _MIXTURE = oracle.Model(
 
 
 @needs_megatron
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "to"), [(_MIXTURE, "qwen2_moe"), (LATENT, "deepseek_v3")], ids=["mixture", "latent"])
 def test_what_megatron_core_saves_of_large_models_merges(model: oracle.Model, to: str, tmp_path: Path) -> None:
     """Expert ranks, their tensor ranks, stacked layers, layers apart, halves apart: one random model."""
@@ -242,6 +244,7 @@ def test_what_megatron_core_saves_of_large_models_merges(model: oracle.Model, to
 
 
 @needs_megatron
+@pytest.mark.slow
 def test_what_megatron_core_saves_with_a_distributed_optimizer_merges(tmp_path: Path) -> None:
     """With experts the optimizers are chained, and the names of their state say so."""
     ids, grid = ranks.input_ids(), oracle.Grid(ep=2)
@@ -333,7 +336,7 @@ def test_known_differences_are_told(tmp_path: Path) -> None:
     assert not any("megatron-core" in note or "Megatron-LM" in note for note in notes)
 
 
-@pytest.mark.parametrize(("fmt", "to"), [("torch", "torch_dist"), ("torch_dist", "torch"), ("torch", "torch")])
+@pytest.mark.parametrize(("fmt", "to"), [*slowly([("torch", "torch_dist"), ("torch_dist", "torch")]), ("torch", "torch")])
 def test_reshard_from_either_format_to_either(fmt: str, to: str, tmp_path: Path) -> None:
     source = tiny.make("qwen3", tmp_path / "source", tokenizer=True)
     split_checkpoint(source, tmp_path / "one", grids.Grid(tp=2, pp=3), fmt=fmt, verify="weights")
@@ -346,7 +349,7 @@ def test_reshard_from_either_format_to_either(fmt: str, to: str, tmp_path: Path)
     assert (tmp_path / "merged" / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("arch", LARGE)
+@pytest.mark.parametrize("arch", [*slowly(LARGE[:-1]), LARGE[-1]])
 def test_large_models_are_proved_by_logits_and_by_router_decisions(arch: str, tmp_path: Path) -> None:
     source = checkpoints.make(arch, tmp_path / "source", **ALIKE.get(arch, {}))
     grid = grids.Grid(tp=2, ep=2, pp=2, first=1)
