@@ -253,7 +253,8 @@ def _prove(
         try:
             compared = _read_back(pairs, space)
             amount = sum(pair.source.nbytes for pair in compared)
-            found = compare(compared, workers, _stage(progress, "verify", amount))
+            with _as_written(space):
+                found = compare(compared, workers, _stage(progress, "verify", amount))
             _check_written(checksums, plan)
             if "config.json" in plan.texts:
                 report = replace(report, loading=prove_loads(space.path))
@@ -285,9 +286,22 @@ def _read_back(pairs: Callable[[Path], list[Pair]], space: Workspace) -> list[Pa
     try:
         return pairs(space.path)
     except BadInput as error:
-        raise ProofFailed(
-            f"what was written does not read back: {error.what}", where=error.where, hint=error.hint
-        ) from None
+        raise _unread(error) from None
+
+
+@contextmanager
+def _as_written(space: Workspace) -> Iterator[None]:
+    """Of what is wrong with files while they are compared, what is wrong with those written is a proof that fails."""
+    try:
+        yield
+    except BadInput as error:
+        if error.where is None or not Path(error.where).is_relative_to(space.path):
+            raise
+        raise _unread(error) from None
+
+
+def _unread(error: BadInput) -> ProofFailed:
+    return ProofFailed(f"what was written does not read back: {error.what}", where=error.where, hint=error.hint)
 
 
 def _stage(progress: Progress, name: str, total: int) -> Callable[[int], None]:

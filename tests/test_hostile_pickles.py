@@ -185,7 +185,16 @@ def _sized(packed: int, plain: int) -> bytes:
 
 
 _PICKLE, _DATA = ("archive/data.pkl", state(tensor())), ("archive/data/0", bytes(16))
+
+
+def _as_folder(archive: bytes) -> bytes:
+    """The first record with the attribute of a folder, of which torch's reader reads no byte."""
+    at = archive.index(b"PK\1\2") + 38
+    return archive[:at] + b"\x10" + archive[at + 1 :]
+
+
 ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "a folder with bytes": (lambda: _as_folder(archives.records(_PICKLE, _DATA)), "says that it is a folder"),
     "two records of one name": (lambda: archives.records(_PICKLE, _DATA, ("archive/data/0", b"\1" * 16)), "two records"),
     "two pickles": (lambda: archives.records(_PICKLE, ("archive/data.pkl", state()), _DATA), "two records"),
     "two names but for case": (lambda: archives.records(_PICKLE, _DATA, ("archive/DATA/0", bytes(16))), "two records"),

@@ -19,6 +19,8 @@ _MAX_DIRECTORY_BYTES = 1 << 28
 
 _SMALL, _LARGE = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED = 0x0001 | 0x0040 | 0x2000
+_FOLDER = 0x10
+"""Among a record's attributes, those of DOS."""
 _PATCH, _METHODS = 0x0020, (0, 8)
 """What torch's reader (miniz) knows of: no patches, and bytes as they are or deflated."""
 
@@ -65,7 +67,7 @@ def read_records(file: BinaryIO, start: int, length: int) -> dict[str, Record]:
     for _ in range(count):
         if at + _ENTRY.size > size:
             raise NotAnArchive("its directory is cut short")
-        (mark, _, _, flags, method, _, _, crc, packed, plain, name_size, extra_size, comment_size, _, _, _, header) = (
+        (mark, _, _, flags, method, _, _, crc, packed, plain, name_size, extra_size, comment_size, _, _, kind, header) = (
             _ENTRY.unpack_from(directory, at)
         )
         if mark != b"PK\1\2":
@@ -82,6 +84,8 @@ def read_records(file: BinaryIO, start: int, length: int) -> dict[str, Record]:
             raise ValueError(f"the record `{name}` is encrypted")
         if flags & _PATCH or method not in _METHODS:
             raise ValueError(f"the record `{name}` is packed in a way that torch does not read")
+        if kind & _FOLDER:
+            raise ValueError(f"the record `{name}` says that it is a folder")  # of which miniz reads no byte
         if method == 0 and packed != plain:
             raise ValueError(f"the record `{name}` has two sizes")
         folder, slash, own = name.partition("/")

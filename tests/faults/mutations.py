@@ -284,6 +284,14 @@ def header(trial: Trial) -> None:
         trial.blame(equal_weights(trial.world.root / "source", trial.world.dst))
 
 
+def _runs(found: dict[str, Any]) -> dict[str, Any]:
+    """A manifest's tensors; a run of more rows than there are is a run of all."""
+    return {
+        name: {**entry, "rows_per_checksum": min(entry["rows_per_checksum"], (entry["shape"] or [1])[0])}
+        for name, entry in found.get("tensors", {}).items()
+    }
+
+
 def manifest(trial: Trial) -> None:
     """llmconvert.json, of a source or of what is checked, is not what it should be."""
     dice = trial.dice
@@ -305,7 +313,7 @@ def manifest(trial: Trial) -> None:
     run = trial.run(command, codes={0, 2, 3, 4} if command == check else BAD_INPUT)
     if run.done.code == 0 and command == check:
         after = json.loads(path.read_text(encoding="utf-8-sig"))
-        if after.get("tensors") != before["tensors"]:
+        if _runs(after) != _runs(before):
             trial.blame(["`inspect --check` finds nothing in a manifest that was changed"])
     trial.blame(oracle.of_surroundings(world))
     if run.done.code == 0 and "place/dst" in command:

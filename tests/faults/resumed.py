@@ -68,7 +68,7 @@ def resume(trial: Trial) -> None:
         trial.blame(oracle.of_place(world, tidy=True))
     else:
         trial.blame(["a destination was made"] if os.path.lexists(world.dst) else [])
-        if "--overwrite" not in run.done.err and "remove" not in run.done.err:
+        if not any(way in run.done.err for way in ("--overwrite", "remove", "`rm ")):
             trial.blame([f"the way out is not named: {run.done.err[:300]}"])
         elif what not in ("a link among what is written", "a pipe among what is written", "a folder that is a link"):
             again = trial.run([*arguments, "--overwrite"], codes={0})
