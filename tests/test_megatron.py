@@ -170,6 +170,7 @@ def test_split_and_merge_bring_every_dialect_back(arch: str, tmp_path: Path) -> 
 
 
 @needs_megatron
+@pytest.mark.slow
 def test_what_megatron_core_saves_merges_to_the_same_tensors(tmp_path: Path) -> None:
     """Both formats, several grids, stacked layers and not: one random model, saved by the real thing."""
     model = oracle.Model(add_qkv_bias=True, num_layers=4)

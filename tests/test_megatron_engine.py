@@ -84,6 +84,7 @@ def test_they_load_what_split_writes_and_give_the_logits_of_transformers(made: t
     assert {key: error for key, error in errors.items() if error > TOLERANCE} == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_without_the_states_of_norms_they_do_not_load(fmt: str, made: tuple[Path, Results]) -> None:
     """The control: the states both implementations have are not all."""

@@ -60,6 +60,7 @@ def test_yarn_without_what_no_option_says_is_another_model(tmp_path: Path) -> No
     assert same <= TOLERANCE and min(others) > 1e-2
 
 
+@pytest.mark.slow
 def test_what_it_saves_it_loads_on_any_grid_and_strictly(tmp_path: Path) -> None:
     ids, model = ranks.input_ids(), Model(add_qkv_bias=True, qk_layernorm=True)
     tied, grid, files = Model(tied=True), Grid(tp=2, pp=2, vpp=2), tmp_path / "torch"
