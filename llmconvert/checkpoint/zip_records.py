@@ -67,7 +67,7 @@ def read_records(file: BinaryIO, start: int, length: int) -> dict[str, Record]:
     for _ in range(count):
         if at + _ENTRY.size > size:
             raise NotAnArchive("its directory is cut short")
-        (mark, _, _, flags, method, _, _, crc, packed, plain, name_size, extra_size, comment_size, _, _, kind, header) = (
+        (mark, _, _, flags, method, _, _, crc, packed, plain, name_size, extra_size, comment_size, disk, _, kind, header) = (
             _ENTRY.unpack_from(directory, at)
         )
         if mark != b"PK\1\2":
@@ -84,6 +84,8 @@ def read_records(file: BinaryIO, start: int, length: int) -> dict[str, Record]:
             raise ValueError(f"the record `{name}` is encrypted")
         if flags & _PATCH or method not in _METHODS:
             raise ValueError(f"the record `{name}` is packed in a way that torch does not read")
+        if disk:
+            raise ValueError("the archive is in several parts")
         if kind & _FOLDER:
             raise ValueError(f"the record `{name}` says that it is a folder")  # of which miniz reads no byte
         if method == 0 and packed != plain:
@@ -119,13 +121,15 @@ def _directory_place(descriptor: int, start: int, length: int) -> tuple[int, int
     end = place
     locator = read_at(descriptor, _LOCATOR.size, start + place - _LOCATOR.size) if place >= _LOCATOR.size else b""
     if locator.startswith(b"PK\6\7"):
-        _, disk, end, _ = _LOCATOR.unpack(locator)
-        if disk or end + _END64.size != place - _LOCATOR.size:
+        _, disk, end, disks = _LOCATOR.unpack(locator)
+        if disk or disks != 1 or end + _END64.size != place - _LOCATOR.size:
             raise NotAnArchive("its end is damaged")
         wide = read_at(descriptor, _END64.size, start + end)
         if len(wide) < _END64.size or not wide.startswith(b"PK\6\6"):
             raise NotAnArchive("its end is damaged")
-        _, _, _, _, disk, first_disk, here, count64, size64, begin64 = _END64.unpack(wide)
+        _, own, _, _, disk, first_disk, here, count64, size64, begin64 = _END64.unpack(wide)
+        if own != _END64.size - 12:
+            raise NotAnArchive("its end is damaged")
         if disk or first_disk or here != count64:
             raise ValueError("the archive is in several parts")
         for narrow, full, mask in ((count, count64, _SMALL), (size, size64, _LARGE), (begin, begin64, _LARGE)):
